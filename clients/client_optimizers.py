@@ -1,0 +1,146 @@
+"""What a client does to turn x into y: five ways, each a small function.
+
+sgd      mini-batch SGD (McMahan et al. 2017, FedAvg)
+gd       no local steps: the update is the full-batch gradient (FedSGD with server sgd)
+proximal SGD on F_i(y) + mu/2 ||y - x||^2 (Li et al. 2020, FedProx, eq. 2)
+nova     SGD; the update is divided by the local work a_i (Wang et al. 2020, FedNova, eq. 6)
+mimelite SGD steps with the server's optimizer state, frozen (Karimireddy et al. 2020, MimeLite)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from flwr.app import ArrayRecord
+from torch import Tensor
+
+from clients.local_training import LocalTraining
+from fedinit.config import Client
+from fedinit.parameters import Array, tensor
+
+# The base optimizer of a mimelite client: the server's own, at the client's rate.
+OptimizerFactory = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
+
+
+@dataclass
+class Update:
+    """What a client sends back: trained weights, metrics beside the usual ones, further arrays."""
+
+    weights: Tensor
+    metrics: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, ArrayRecord] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """What the server shares with its clients beside x: its optimizer, and that one's state."""
+
+    optimizer: OptimizerFactory
+    state: ArrayRecord
+
+
+ClientOptimizer = Callable[[LocalTraining, ServerState | None], Update]
+
+
+def sgd(training: LocalTraining, _server: ServerState | None) -> Update:
+    """Mini-batch SGD with the client's momentum and weight decay, fresh each round."""
+    training.descend(_sgd_step(training))
+    return Update(training.workspace.flat.clone())
+
+
+def gd(training: LocalTraining, _server: ServerState | None) -> Update:
+    """Return y = x - g with g the full-batch gradient at x; no client rate, no local epochs."""
+    return Update(training.workspace.start - training.full_gradient())
+
+
+def proximal(training: LocalTraining, _server: ServerState | None) -> Update:
+    """SGD on the loss and mu/2 ||y - x||^2; the bound on the gradient norm is on the loss's."""
+    training.descend(_sgd_step(training, training.run.client.mu))
+    return Update(training.workspace.flat.clone())
+
+
+def nova(training: LocalTraining, _server: ServerState | None) -> Update:
+    """SGD (proximal when mu > 0) whose update is D_i / a_i; the server rescales by the mean a_i."""
+    settings = training.run.client
+    training.descend(_sgd_step(training, settings.mu))
+    norm = accumulated_norm(settings, training.steps)
+    start = training.workspace.start
+    return Update(start - (start - training.workspace.flat) / norm, {"local-norm": norm})
+
+
+def mimelite(training: LocalTraining, server: ServerState | None) -> Update:
+    """Steps of the server's optimizer from its frozen state; also the full-batch gradient at x."""
+    if server is None:
+        raise ValueError("mimelite clients need the server's optimizer state")
+    workspace = training.workspace
+    gradient = training.full_gradient(count=False)  # the train metrics are of the local steps
+    optimizer = server.optimizer(workspace.parameters)
+    views = {
+        name: workspace.layout.views(value) if value.ndim else value
+        for name, value in ((name, tensor(array)) for name, array in server.state.items())
+    }
+
+    def frozen_step() -> None:
+        for index, parameter in enumerate(workspace.parameters):
+            optimizer.state[parameter] = {
+                name: (value[index] if isinstance(value, list) else value).clone()
+                for name, value in views.items()
+            }
+        optimizer.step()
+
+    training.descend(frozen_step)
+    gradients = ArrayRecord()
+    gradients["gradient"] = Array(gradient.numpy())
+    return Update(workspace.flat.clone(), extra={"gradients": gradients})
+
+
+CLIENT_OPTIMIZERS: dict[str, ClientOptimizer] = {
+    "sgd": sgd,
+    "gd": gd,
+    "proximal": proximal,
+    "nova": nova,
+    "mimelite": mimelite,
+}
+# These mean what their papers say only with a server that knows of them: strategy `fedopt`.
+NEED_FEDOPT = {"nova", "mimelite"}
+
+
+def accumulated_norm(settings: Client, steps: int) -> float:
+    """Return a_i, the L1 norm of the weights with which D_i / lr sums the local gradients.
+
+    FedNova, section 4. By the local recursion itself, with every gradient set to one: `steps` for
+    plain SGD, [t - r (1 - r^t) / (1 - r)] / (1 - r) with momentum r, and a <- (1 - lr mu) a + 1
+    with the proximal term.
+    """
+    distance = velocity = 0.0  # (x - y) / lr, and the momentum buffer
+    for _ in range(steps):
+        velocity = settings.momentum * velocity + 1 - settings.lr * settings.mu * distance
+        distance += velocity
+    return distance
+
+
+def _sgd_step(training: LocalTraining, mu: float = 0.0) -> Callable[[], None]:
+    """Return a step of SGD, d = g + mu (y - x) + decay y; v = momentum v + d; y -= lr v.
+
+    torch.optim.SGD does the same; its bookkeeping is 5% of a small model's step.
+    """
+    settings, workspace = training.run.client, training.workspace
+    anchors = workspace.layout.views(workspace.start)
+    velocities: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def step() -> None:
+        for index, parameter in enumerate(workspace.parameters):
+            direction = parameter.grad
+            if direction is None:
+                continue
+            if mu:
+                direction = direction.add(parameter - anchors[index], alpha=mu)
+            if settings.weight_decay:
+                direction = direction.add(parameter, alpha=settings.weight_decay)
+            if settings.momentum:
+                velocity = velocities.setdefault(index, torch.zeros_like(parameter))
+                direction = velocity.mul_(settings.momentum).add_(direction)
+            parameter.sub_(direction, alpha=settings.lr)
+
+    return step

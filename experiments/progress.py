@@ -1,0 +1,75 @@
+"""How long work shows itself: a live bar in a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+Report = Callable[[dict[str, Any]], None]
+
+
+class Progress:
+    """Shows an experiment's runs on a console."""
+
+    def __init__(self, console: Console, runs: int) -> None:
+        self._console = console
+        self._runs = runs
+        self._begun = 0
+
+    @contextmanager
+    def run(self, label: str, rounds: int, initialization: str) -> Iterator[Report]:
+        """Show one run; the yielded function takes each round's line."""
+        self._begun += 1
+        self._console.print(f"[{self._begun}/{self._runs}] {label}", markup=False, highlight=False, soft_wrap=True)
+        self._console.print(f"  {initialization}", markup=False, highlight=False, soft_wrap=True)
+        if self._console.is_terminal:
+            with self._bar() as bar:
+                task = bar.add_task("", total=rounds, score="")
+                yield lambda line: self._live(line, bar, task)
+        else:
+            since = time.perf_counter()
+            yield lambda line: self._plain(line, rounds, since)
+
+    def failed(self, label: str, reason: str) -> None:
+        """Say that a run failed, and why."""
+        self._console.print(f"[red]failed[/] {escape(label)}: {escape(reason)}", highlight=False)
+
+    def _bar(self) -> Bar:
+        return Bar(
+            TextColumn("  round"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[score]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+
+    @staticmethod
+    def _live(line: dict[str, Any], bar: Bar, task: TaskID) -> None:
+        bar.update(task, completed=line["round"])
+        if line["test_loss"] is not None:
+            bar.update(task, score=_score(line))
+
+    def _plain(self, line: dict[str, Any], rounds: int, since: float) -> None:
+        if line["test_loss"] is None:
+            return
+        done = line["round"]
+        left = (time.perf_counter() - since) * (rounds - done) / done if done else None
+        text = f"  round {done}/{rounds}  {_score(line)}"
+        self._console.print(
+            text + (f"  {left:.0f} s left" if left is not None else ""),
+            markup=False,
+            highlight=False,
+        )
+
+
+def _score(line: dict[str, Any]) -> str:
+    accuracy = line["test_accuracy"]
+    text = "" if accuracy is None else f"accuracy {accuracy:.1%}  "
+    return f"{text}loss {line['test_loss']:.4g}"

@@ -1,0 +1,224 @@
+"""Carry out an experiment: its runs one after another on the same workers, written as they go."""
+
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+
+from experiments.progress import Progress
+from experiments.wiring import Datasets, Simulation, simulation
+from fedinit.cohort import ARRAYS, METRICS, CohortSums
+from fedinit.config import Experiment, Run, to_yaml
+from fedinit.errors import RequestError
+from fedinit.results import RunFolder, summarize
+from fedinit.simulation import Workers
+
+_NO_TIMEOUT = 1e8  # seconds; a slow round is no reason to drop its clients
+
+
+def run_experiment(
+    experiment: Experiment,
+    out: Path,
+    progress: Progress,
+    resume: bool = False,
+    address: str | None = None,
+) -> dict[str, Any]:
+    """Carry out every run that is not done yet; a run that fails does not stop the others.
+
+    Args:
+        experiment: what to run.
+        out: the results folder.
+        progress: told of each run and round.
+        resume: whether `out` may hold earlier results; runs that are done there are kept.
+        address: a running Ray cluster to join.
+
+    Returns:
+        The summary, as in summary.json.
+
+    Raises:
+        RequestError: any run's request is wrong, or `out` holds something else. Nothing is written.
+    """
+    _check_folder(experiment, out, resume)
+    datasets = Datasets()
+    for label, run in experiment.runs.items():
+        try:
+            simulation(run, datasets)
+        except RequestError as error:
+            raise RequestError(
+                f"{error} (run {label})" if experiment.varied else str(error)
+            ) from None
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    todo = {
+        label: run
+        for label, run in experiment.runs.items()
+        if RunFolder(out / label).status != "done"
+    }
+    for setting in dict.fromkeys(run.workers for run in todo.values()):
+        alike = {label: run for label, run in todo.items() if run.workers == setting}
+        with Workers(
+            number=None if setting == "auto" else setting,
+            most=max(run.cohort for run in alike.values()),
+            import_path=[str(experiment.folder)],
+            address=address,
+        ) as workers:
+            for label, run in alike.items():
+                folder = RunFolder(out / label)
+                try:
+                    prepared = simulation(run, datasets)
+                    with progress.run(label, run.rounds, str(prepared.initialization)) as report:
+                        execute(prepared, prepared.grid(workers, datasets), folder, report)
+                except Exception as error:  # the other runs go on
+                    folder.fail(f"{type(error).__name__}: {' '.join(str(error).split())}")
+                    progress.failed(label, folder.error or "")
+                summarize(out, experiment.name, experiment.varied, experiment.runs)
+    return summarize(out, experiment.name, experiment.varied, experiment.runs)
+
+
+def execute(
+    prepared: Simulation,
+    grid: Grid,
+    folder: RunFolder,
+    report: Callable[[dict[str, Any]], None],
+) -> None:
+    """Carry out one run on a grid, top to bottom.
+
+    Args:
+        prepared: the run.
+        grid: RayGrid, or any Flower grid.
+        folder: where its lines and final weights go.
+        report: called with each round's line.
+    """
+    run, layout = prepared.run, prepared.problem.layout
+    folder.begin(run, prepared.initialization.record())
+    random.seed(run.seed)  # Flower's strategies sample from Python's generator
+    torch.manual_seed(run.seed)
+    recorder = Recorder(run, grid, folder, report)
+    result = prepared.strategy.start(
+        grid,
+        prepared.arrays,
+        num_rounds=run.rounds,
+        timeout=_NO_TIMEOUT,
+        evaluate_fn=recorder,
+    )
+    folder.finish(layout.named(result.arrays))
+
+
+class DivergedError(RuntimeError):
+    """A loss stopped being a finite number: there is nothing left to learn from this run."""
+
+
+class Recorder:
+    """Strategy.start's `evaluate_fn`: writes a round's line, testing x every `evaluate_every`."""
+
+    def __init__(
+        self, run: Run, grid: Grid, folder: RunFolder, report: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self._run = run
+        self._grid = grid
+        self._folder = folder
+        self._report = report
+        self._previous: torch.Tensor | None = None  # the last aggregate
+        self._since = time.perf_counter()
+
+    def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Record the round that just ended; return the test metrics if x was tested."""
+        sums: CohortSums | None = self._grid.take_sums()  # type: ignore[attr-defined]
+        due = server_round % self._run.evaluate_every == 0 or server_round == self._run.rounds
+        tested = evaluate_test(self._grid, arrays) if due else {}
+        now = time.perf_counter()
+        line = {
+            "round": server_round,
+            **(self._training(sums) if sums is not None else {}),
+            "test_loss": tested.get("loss"),
+            "test_accuracy": tested.get("accuracy"),
+            "wall_seconds": round(now - self._since, 4),
+        }
+        self._since = now
+        self._folder.append(line)
+        self._report(line)
+        for name in ("train_loss", "test_loss"):
+            if not math.isfinite(line.get(name) or 0.0):
+                raise DivergedError(f"{name} is not finite in round {server_round}")
+        return MetricRecord(dict(tested)) if due else None
+
+    def _training(self, sums: CohortSums) -> dict[str, Any]:
+        metrics = sums.mean_metrics()
+        aggregate = sums.mean_update() * metrics.get("local-norm", 1.0)
+        previous, self._previous = self._previous, aggregate
+        return {
+            "train_loss": metrics.get("train-loss"),
+            "train_accuracy": metrics.get("train-accuracy"),
+            "cohort_size": sums.clients,
+            "examples": int(sums.examples),
+            "update_norm": aggregate.norm().item(),
+            "gradient_diversity": sums.gradient_diversity(),
+            "mean_pairwise_cosine": sums.mean_pairwise_cosine(),
+            "cosine_with_previous": _cosine(previous, aggregate),
+        }
+
+
+def evaluate_test(grid: Grid, arrays: ArrayRecord, parts: int = 8) -> dict[str, float]:
+    """Evaluate x on the test set, in parts by as many nodes.
+
+    Returns:
+        `loss` and, where targets are labels, `accuracy`.
+    """
+    nodes = sorted(grid.get_node_ids())[:parts]
+    replies = grid.send_and_receive(
+        [
+            Message(
+                RecordDict(
+                    {ARRAYS: arrays, "config": ConfigRecord({"part": part, "parts": len(nodes)})}
+                ),
+                dst_node_id=node,
+                message_type="evaluate.test",
+            )
+            for part, node in enumerate(nodes)
+        ]
+    )
+    parts_scored = []
+    for reply in replies:
+        if reply.has_error():
+            raise RuntimeError(f"evaluation failed: {reply.error.reason}")
+        parts_scored.append(dict(reply.content.metric_records[METRICS]))
+    return _weighted(parts_scored)
+
+
+def _weighted(parts: Iterable[dict[str, Any]]) -> dict[str, float]:
+    parts = list(parts)
+    total = sum(part["num-examples"] for part in parts)
+    return {
+        name: sum(part[name] * part["num-examples"] for part in parts) / total
+        for name in parts[0]
+        if name != "num-examples"
+    }
+
+
+def _cosine(first: torch.Tensor | None, second: torch.Tensor) -> float:
+    if first is None:
+        return math.nan
+    norms = (first.norm() * second.norm()).item()
+    return torch.dot(first, second).item() / norms if norms > 0 else math.nan
+
+
+def _check_folder(experiment: Experiment, out: Path, resume: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir():
+        raise RequestError(f"--out {out}: not a folder")
+    if not resume:
+        raise RequestError(f"--out {out}: not empty; continue it with --resume, or name another")
+    for label, run in experiment.runs.items():
+        earlier = out / label / "run.yaml"
+        if earlier.exists() and earlier.read_text(encoding="utf-8") != to_yaml(run):
+            raise RequestError(
+                f"--resume: {earlier} was made with other settings; name another --out"
+            )

@@ -1,0 +1,205 @@
+"""From a run's settings to the parts that carry it out, every one of them checked on the way."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import Strategy
+
+from clients import CLIENT_OPTIMIZERS, make_client_app
+from clients.client_optimizers import NEED_FEDOPT
+from clients.local_training import local_steps
+from fedinit import initialization
+from fedinit.config import Run
+from fedinit.data import FederatedDataset, partitioned
+from fedinit.errors import RequestError, unknown
+from fedinit.initialization import Initialization
+from fedinit.measurements.evaluation import evaluate
+from fedinit.problem import Problem, build_problem, find_model, load_dataset
+from fedinit.registry import call, resolve
+from fedinit.simulation import RayGrid, Workers
+from strategies import SERVER_OPTIMIZERS, FedOpt
+
+STRATEGIES: dict[str, Callable[..., Strategy]] = {"fedopt": FedOpt}
+
+
+class Datasets:
+    """Data sets by what names them, loaded once and put into Ray's object store once."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, FederatedDataset] = {}
+        self._stored: dict[str, ray.ObjectRef] = {}
+
+    def load(self, run: Run) -> FederatedDataset:
+        """Return a run's data set, not partitioned."""
+        key = self._key(run)
+        if key not in self._loaded:
+            self._loaded[key] = load_dataset(run)
+        return self._loaded[key]
+
+    def store(self, run: Run) -> ray.ObjectRef:
+        """Return a run's data set in shared memory."""
+        key = self._key(run)
+        if key not in self._stored:
+            self._stored[key] = ray.put(self.load(run))
+        return self._stored[key]
+
+    @staticmethod
+    def _key(run: Run) -> str:
+        return json.dumps([run.dataset, run.dataset_args], sort_keys=True, default=str)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A run, ready to start: what clients optimize, where from, and the strategy."""
+
+    run: Run
+    problem: Problem
+    arrays: ArrayRecord
+    initialization: Initialization
+    strategy: Strategy
+
+    @property
+    def clients(self) -> int:
+        """Number of virtual clients."""
+        return len(self.problem.dataset.owners)
+
+    def grid(self, workers: Workers, datasets: Datasets) -> RayGrid:
+        """Build the grid of this run on the given workers."""
+        owners = ray.put(self.problem.dataset.owners)
+        auto = getattr(self.strategy, "reduces_in_worker", False)
+        return RayGrid(
+            workers,
+            partial(_worker_app, self.run, datasets.store(self.run), owners),
+            self.clients,
+            self.problem.layout,
+            reduce=auto if self.run.reduce == "auto" else self.run.reduce == "worker",
+            expected_work=self._expected_work,
+        )
+
+    def _expected_work(self, message: Message) -> float:
+        """Local steps of a train message; the other messages are alike."""
+        config = message.content.config_records.get("config", ConfigRecord())
+        server_round = config.get("server-round")
+        if message.metadata.message_type != MessageType.TRAIN or not isinstance(server_round, int):
+            return 1.0
+        client = message.metadata.dst_node_id
+        examples = int(self.problem.dataset.owners.sizes[client])
+        return local_steps(self.run, examples, server_round, client)
+
+
+def simulation(run: Run, datasets: Datasets) -> Simulation:
+    """Build a run's parts, checking everything that can be wrong with the request.
+
+    Raises:
+        RequestError: a name is unknown, data or weights are missing, corrupt or do not fit, or
+            the sizes are impossible.
+    """
+    for kind, name, known in (
+        ("client.optimizer", run.client.optimizer, CLIENT_OPTIMIZERS),
+        ("server.optimizer", run.server.optimizer, SERVER_OPTIMIZERS),
+    ):
+        if name not in known:
+            raise unknown(kind, name, known)
+    if run.strategy != "fedopt" and run.client.optimizer in NEED_FEDOPT:
+        raise RequestError(f"client.optimizer: {run.client.optimizer} needs strategy fedopt")
+    if run.stragglers.epochs[0] > run.stragglers.epochs[1]:
+        raise RequestError(f"stragglers.epochs: {list(run.stragglers.epochs)} is not [low, high]")
+    dataset = partitioned(datasets.load(run), run.partition, run.seed)
+    if run.cohort > len(dataset.owners):
+        raise RequestError(f"cohort: {run.cohort} of only {len(dataset.owners)} clients")
+    problem = build_problem(run, dataset)
+    record = initialize(run, problem)
+    _try(run, problem)
+    strategy = make_strategy(run, problem)
+    return Simulation(run, problem, problem.layout.record_of(problem.model), record, strategy)
+
+
+def initialize(run: Run, problem: Problem) -> Initialization:
+    """Put a run's initial weights into its model, which holds those of the run's seed.
+
+    Raises:
+        RequestError: the initialization is unknown, or its weights are missing or do not fit.
+    """
+    spec = find_model(run.model)
+    if run.initialization == "random":
+        return initialization.random(problem.model)
+    if run.initialization == "pretrained":
+        if spec.pretrained is None:
+            raise RequestError(
+                f"initialization: '{run.model}' has no pretrained weights; valid: random, a path "
+                "to a .safetensors file"
+            )
+        path = spec.pretrained()
+        return initialization.from_file(problem.model, path, spec.head, f"pretrained ({path.name})")
+    path = Path(run.initialization)
+    if not path.suffix:
+        choices = ["random", "pretrained", "PATH.safetensors"]
+        raise unknown("initialization", run.initialization, choices)
+    return initialization.from_file(problem.model, path, spec.head, str(path))
+
+
+def make_strategy(run: Run, problem: Problem) -> Strategy:
+    """Build a run's strategy; one of Flower's is told the cohort in Flower's own words.
+
+    Raises:
+        RequestError: the strategy is unknown, its arguments are wrong, or it is no Flower strategy.
+    """
+    clients = len(problem.dataset.owners)
+    offered: dict[str, Any] = {
+        "server_optimizer": partial(_build, run.server.optimizer, settings=run.server),
+        "layout": problem.layout,
+        "cohort": run.cohort,
+        "clients": clients,
+        "seed": run.seed,
+        "share_state": run.client.optimizer == "mimelite",
+        "server_lr": run.server.lr,
+        "fraction_train": run.cohort / clients,
+        "min_train_nodes": run.cohort,
+        "fraction_evaluate": 0.0,
+        "min_evaluate_nodes": 0,
+        "min_available_nodes": clients,
+    }
+    strategy = call(
+        "strategy", resolve("strategy", run.strategy, STRATEGIES), run.strategy_args, **offered
+    )
+    if not isinstance(strategy, Strategy):
+        raise RequestError(
+            f"strategy: '{run.strategy}' is a {type(strategy).__name__}, expected a "
+            "flwr.serverapp.strategy.Strategy"
+        )
+    return strategy
+
+
+def client_app(run: Run, problem: Problem) -> ClientApp:
+    """Build a run's ClientApp."""
+    settings = run.server.model_copy(update={"lr": run.client.lr})
+    return make_client_app(run, problem, partial(_build, run.server.optimizer, settings=settings))
+
+
+def _build(name: str, parameters: Sequence[torch.Tensor], settings: Any) -> torch.optim.Optimizer:
+    return SERVER_OPTIMIZERS[name](parameters, settings)
+
+
+def _worker_app(run: Run, dataset: ray.ObjectRef, owners: ray.ObjectRef) -> ClientApp:
+    return client_app(run, build_problem(run, ray.get(dataset).with_clients(ray.get(owners))))
+
+
+def _try(run: Run, problem: Problem) -> None:
+    """Run the model and the loss on two rows: what does not fit is seen before any work starts."""
+    shape = tuple(problem.dataset.inputs.shape[1:])
+    try:
+        evaluate(problem.model, problem.loss, [problem.dataset.test_batch(0, 2)])
+    except Exception as error:  # whatever a user's model or loss raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RequestError(
+            f"model '{run.model}' with loss '{run.loss}' does not fit rows of shape {shape} of "
+            f"'{run.dataset}': {reason}"
+        ) from None

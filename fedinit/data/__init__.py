@@ -1,0 +1,15 @@
+"""Data sets and partitions."""
+
+from collections.abc import Callable
+
+from fedinit.data.fashion_mnist import fashion_mnist
+from fedinit.data.federated_dataset import ClientRows, FederatedDataset
+from fedinit.data.partitions import PARTITIONS, partitioned
+from fedinit.data.shakespeare import shakespeare
+
+DATASETS: dict[str, Callable[..., FederatedDataset]] = {
+    "fashion-mnist": fashion_mnist,
+    "shakespeare": shakespeare,
+}
+
+__all__ = ["DATASETS", "PARTITIONS", "ClientRows", "FederatedDataset", "partitioned"]

@@ -1,0 +1,165 @@
+"""A federated data set: rows held once, and which client owns which rows."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedinit.errors import RequestError
+
+
+class ClientRows(Mapping[str, np.ndarray]):
+    """Client id -> row indices, sorted by id, in three columns however many the clients."""
+
+    def __init__(self, ids: Sequence[str], rows: np.ndarray, offsets: np.ndarray) -> None:
+        self.ids = list(ids)
+        self.rows = rows
+        self.offsets = offsets
+        self._position = {client: index for index, client in enumerate(self.ids)}
+
+    @classmethod
+    def of(cls, clients: Mapping[str, Any]) -> "ClientRows":
+        """Build from any mapping of client id to row indices."""
+        if isinstance(clients, ClientRows):
+            return clients
+        ids = sorted(clients)
+        parts = [np.asarray(clients[client], dtype=np.int64) for client in ids]
+        sizes = [len(part) for part in parts]
+        return cls(ids, np.concatenate(parts or [np.zeros(0, np.int64)]), np.cumsum([0, *sizes]))
+
+    @classmethod
+    def by_owner(cls, owners: Sequence[str] | np.ndarray) -> "ClientRows":
+        """Build from one owner for each row; a client's rows keep their order."""
+        ids, owner = np.unique(np.asarray(owners), return_inverse=True)
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(ids)))])
+        return cls([str(name) for name in ids], np.argsort(owner, kind="stable"), offsets)
+
+    def at(self, index: int) -> np.ndarray:
+        """Return the rows of the client at a position in the sorted ids."""
+        return self.rows[self.offsets[index] : self.offsets[index + 1]]
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Number of rows of each client, by position."""
+        return np.diff(self.offsets)
+
+    def __getitem__(self, client: str) -> np.ndarray:
+        return self.at(self._position[client])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class FederatedDataset:
+    """Rows, their targets, the clients that own them, and a held-out test set.
+
+    Args:
+        inputs: tensor, rows first. uint8 is stored as it is and read as floats in [0, 1];
+            other integers are read as int64; floats as they are.
+        targets: tensor, rows first; integers are read as int64.
+        clients: client id -> row indices; None when the data have no natural clients.
+        test_inputs: held-out rows, like `inputs`.
+        test_targets: held-out targets, like `targets`.
+        num_classes: number of labels; by default counted from integer targets.
+
+    Raises:
+        RequestError: rows and targets differ in number, a client has no row, or a row number is
+            out of range.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        clients: Mapping[str, Any] | None,
+        test_inputs: Tensor,
+        test_targets: Tensor,
+        num_classes: int | None = None,
+    ) -> None:
+        if len(inputs) != len(targets) or len(test_inputs) != len(test_targets):
+            raise RequestError(
+                f"dataset: {len(inputs)} rows with {len(targets)} targets, "
+                f"{len(test_inputs)} test rows with {len(test_targets)} test targets"
+            )
+        if not len(test_inputs):
+            raise RequestError("dataset: the test set is empty")
+        self.inputs, self.targets = inputs, targets
+        self.test_inputs, self.test_targets = test_inputs, test_targets
+        self.clients = None if clients is None else ClientRows.of(clients)
+        if num_classes is None and not targets.is_floating_point():
+            num_classes = int(max(targets.max(), test_targets.max())) + 1
+        self.num_classes = num_classes
+        if self.clients is not None:
+            self._check(self.clients)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def with_clients(self, clients: ClientRows) -> "FederatedDataset":
+        """Return the same rows, shared, dealt to other clients."""
+        return FederatedDataset(
+            self.inputs,
+            self.targets,
+            clients,
+            self.test_inputs,
+            self.test_targets,
+            self.num_classes,
+        )
+
+    @property
+    def owners(self) -> ClientRows:
+        """The clients.
+
+        Raises:
+            RequestError: the data have no natural clients and were not partitioned.
+        """
+        if self.clients is None:
+            raise RequestError(
+                "partition.kind: this data set has no natural clients; valid: iid, dirichlet"
+            )
+        return self.clients
+
+    def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return the inputs and targets of training rows, as a model reads them."""
+        index = torch.from_numpy(rows)
+        return _read(self.inputs[index]), _read(self.targets[index])
+
+    def test_batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return a slice of the test set, as a model reads it."""
+        return _read(self.test_inputs[start:stop]), _read(self.test_targets[start:stop])
+
+    def _check(self, clients: ClientRows) -> None:
+        if not len(clients):
+            raise RequestError("dataset: there are no clients")
+        empty = np.flatnonzero(clients.sizes == 0)
+        if len(empty):
+            raise RequestError(f"dataset: client '{clients.ids[empty[0]]}' has no rows")
+        if clients.rows.min() < 0 or clients.rows.max() >= len(self.inputs):
+            raise RequestError(
+                f"dataset: client rows must lie in 0..{len(self.inputs) - 1}, "
+                f"got {clients.rows.min()}..{clients.rows.max()}"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As ndarrays the columns lie once in shared memory, for all workers of a machine.
+        return self.__dict__ | {name: self.__dict__[name].numpy() for name in _COLUMNS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for name in _COLUMNS:
+            self.__dict__[name] = torch.from_numpy(state[name])
+
+
+_COLUMNS = ("inputs", "targets", "test_inputs", "test_targets")
+
+
+def _read(values: Tensor) -> Tensor:
+    if values.dtype == torch.uint8:
+        return values.float().div_(255)
+    return values if values.is_floating_point() else values.long()

@@ -1,0 +1,105 @@
+"""How rows are dealt to clients: evenly at random, by skewed labels, or as they come."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from fedinit.config import Partition
+from fedinit.data.federated_dataset import ClientRows, FederatedDataset
+from fedinit.errors import RequestError
+from fedinit.randomness import Draw, keyed
+
+
+def iid(dataset: FederatedDataset, partition: Partition, seed: int) -> ClientRows:
+    """Shuffled rows in equal shares; sizes differ by one at most."""
+    rows = keyed(Draw.PARTITION, seed).permutation(len(dataset))
+    sizes = _equal_sizes(len(dataset), partition.clients)
+    return _columns(rows, sizes)
+
+
+def dirichlet(dataset: FederatedDataset, partition: Partition, seed: int) -> ClientRows:
+    """Equal shares with labels drawn from q ~ Dirichlet(alpha, ..., alpha), client by client.
+
+    Hsu et al. 2019 (arXiv 1909.06335), section 3.1: each client draws its own label proportions q
+    and takes its examples by q without replacement; a label that is used up leaves the draw and the
+    others are renormalised. `alpha` is the concentration of each label, as is usual; in their own
+    notation, with a uniform prior over K labels, it is alpha / K.
+    """
+    if dataset.targets.is_floating_point() or dataset.targets.ndim != 1:
+        raise RequestError("partition.kind: dirichlet needs one integer label for each row")
+    rng = keyed(Draw.PARTITION, seed)
+    labels = dataset.targets.numpy()
+    order = rng.permutation(len(labels))
+    by_label = order[np.argsort(labels[order], kind="stable")]
+    counts = np.bincount(labels)
+    ends = np.cumsum(counts)
+    taken = ends - counts
+    sizes = _equal_sizes(len(labels), partition.clients)
+    rows = np.empty(len(labels), dtype=np.int64)
+    start = 0
+    for size in sizes:
+        share = _draw_counts(rng, partition.alpha, size, ends - taken)
+        chosen = [by_label[taken[k] : taken[k] + share[k]] for k in np.flatnonzero(share)]
+        taken += share
+        rows[start : start + size] = np.concatenate(chosen)
+        start += size
+    return _columns(rows, sizes)
+
+
+def natural(dataset: FederatedDataset, _partition: Partition, _seed: int) -> ClientRows:
+    """The data's own clients: roles, writers, users."""
+    return dataset.owners
+
+
+PARTITIONS: dict[str, Callable[[FederatedDataset, Partition, int], ClientRows]] = {
+    "iid": iid,
+    "dirichlet": dirichlet,
+    "natural": natural,
+}
+
+
+def partitioned(dataset: FederatedDataset, partition: Partition, seed: int) -> FederatedDataset:
+    """Return the data set dealt to clients; every row is given to exactly one, none has nothing.
+
+    Raises:
+        RequestError: there are more clients than rows, or the data do not suit the partition.
+    """
+    if partition.kind != "natural" and partition.clients > len(dataset):
+        raise RequestError(
+            f"partition.clients: {partition.clients} clients cannot share {len(dataset)} rows"
+        )
+    return dataset.with_clients(PARTITIONS[partition.kind](dataset, partition, seed))
+
+
+def _draw_counts(
+    rng: np.random.Generator, alpha: float, size: int, remaining: np.ndarray
+) -> np.ndarray:
+    """Draw how many examples of each label one client takes out of those remaining."""
+    proportions = _proportions(rng, alpha, len(remaining))
+    share = np.zeros_like(remaining)
+    while (needed := size - share.sum()) > 0:
+        left = remaining - share
+        weights = np.where(left > 0, proportions, 0.0)
+        if weights.sum() <= 0:  # every label that this client wanted is used up
+            weights = left.astype(float)
+        draw = rng.multinomial(needed, weights / weights.sum())
+        share += np.minimum(draw, left)
+    return share
+
+
+def _proportions(rng: np.random.Generator, alpha: float, labels: int) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        proportions = rng.dirichlet(np.full(labels, min(alpha, 1e12)))
+    if np.isfinite(proportions).all() and proportions.sum() > 0:
+        return proportions
+    return np.eye(labels)[rng.integers(labels)]  # alpha too small to compute with: its limit
+
+
+def _equal_sizes(rows: int, clients: int) -> np.ndarray:
+    return np.diff(np.linspace(0, rows, clients + 1).astype(np.int64))
+
+
+def _columns(rows: np.ndarray, sizes: np.ndarray) -> ClientRows:
+    width = len(str(len(sizes) - 1))
+    ids = [f"{index:0{width}d}" for index in range(len(sizes))]
+    return ClientRows(ids, rows, np.concatenate([[0], np.cumsum(sizes)]))

@@ -1,0 +1,16 @@
+"""The one error for a request that cannot be carried out as written."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class RequestError(Exception):
+    """Bad input: its text is one clear line; the command line ends with it and exit status 2."""
+
+
+def unknown(kind: str, name: object, choices: Iterable[str]) -> RequestError:
+    """Build the error for a name that is not among `choices`, suggesting the nearest one."""
+    valid = sorted(choices)
+    nearest = get_close_matches(str(name), valid, n=1)
+    hint = f"; did you mean '{nearest[0]}'?" if nearest else ";"
+    return RequestError(f"unknown {kind} '{name}'{hint} valid: {', '.join(valid)}")

@@ -1,0 +1,115 @@
+"""The studied variable: the weights that a run starts from.
+
+A model is first built at random from the run's seed; then, for any other initialization, weights
+are read into it. So both arms of a pair have the same head wherever the head is fresh.
+"""
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fedinit.errors import RequestError
+
+# BatchNorm's running statistics, which a model with GroupNorm has no place for
+_BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass
+class Initialization:
+    """What a run started from: names loaded, names fresh from the seed, names that had no place."""
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """One line: how many were loaded, which are fresh, which were not used."""
+        text = f"{self.source}: {len(self.loaded)} arrays loaded, {len(self.fresh)} fresh"
+        if self.loaded and self.fresh:
+            text += f" ({', '.join(self.fresh)})"
+        return text + (f", {len(self.unused)} unused" if self.unused else "")
+
+    def record(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return asdict(self)
+
+
+def random(model: nn.Module) -> Initialization:
+    """Keep the weights that the seed gave."""
+    return Initialization("random", fresh=list(model.state_dict()))
+
+
+def from_file(model: nn.Module, path: Path, head: str | None, source: str) -> Initialization:
+    """Read weights into a model, in place.
+
+    The head is loaded if all of it fits and else stays fresh; everything else must fit.
+
+    Args:
+        model: the freshly built model.
+        path: a .safetensors file, or one of torchvision's checkpoints.
+        head: prefix of the head's names, or None.
+        source: what to call these weights.
+
+    Raises:
+        RequestError: the file is missing or corrupt, or its names or shapes do not fit the model.
+    """
+    weights = read_weights(path)
+    own = model.state_dict()
+
+    def in_head(name: str) -> bool:
+        return head is not None and (name == head or name.startswith(head + "."))
+
+    def fits(name: str) -> bool:
+        return name in weights and weights[name].shape == own[name].shape
+
+    head_fits = all(fits(name) for name in own if in_head(name))
+    record = Initialization(source)
+    for name in own:
+        if in_head(name) and not head_fits:
+            record.fresh.append(name)
+        elif fits(name):
+            record.loaded.append(name)
+        else:
+            found = f"has shape {tuple(weights[name].shape)}" if name in weights else "is missing"
+            raise RequestError(
+                f"initialization: {path}: '{name}' {found}, the model's is {tuple(own[name].shape)}"
+            )
+    record.unused = [name for name in weights if name not in record.loaded]
+    for name in record.unused:
+        if not in_head(name) and not name.endswith(_BATCH_STATISTICS):
+            raise RequestError(f"initialization: {path}: the model has no '{name}'")
+    with torch.no_grad():
+        for name in record.loaded:
+            own[name].copy_(weights[name])
+    return record
+
+
+def read_weights(path: Path) -> Mapping[str, Tensor]:
+    """Read named tensors; nothing in the file is ever run.
+
+    Raises:
+        RequestError: the file is missing, corrupt, or holds anything but tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise RequestError(f"initialization: {path}: no such file") from None
+    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise RequestError(f"initialization: {path}: not readable weights: {reason}") from None
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(value, Tensor) for value in weights.values()
+    ):
+        raise RequestError(f"initialization: {path}: expected a mapping of names to tensors")
+    return weights

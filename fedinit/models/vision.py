@@ -1,0 +1,68 @@
+"""Image models: a small CNN, and torchvision's SqueezeNet and ResNet-18."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision import models as torchvision_models
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SMALLEST = 32  # below this SqueezeNet's pooling has nothing left to pool
+
+
+def imagenet_input(_network: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """Map images (n, 1 or 3, h, w) in [0, 1] to what an ImageNet model reads.
+
+    That is RGB, at least 32 wide, normalised; a grey image becomes three equal channels.
+    """
+    (images,) = inputs
+    if min(images.shape[-2:]) < SMALLEST:
+        images = functional.interpolate(images, SMALLEST, mode="bilinear")
+    mean = images.new_tensor(IMAGENET_MEAN).view(3, 1, 1)
+    return (images - mean) / images.new_tensor(IMAGENET_STD).view(3, 1, 1)
+
+
+def _reading_images(network: nn.Module) -> nn.Module:
+    """Put the input step in front as a hook, so that the network keeps torchvision's names."""
+    network.register_forward_pre_hook(imagenet_input)
+    return network
+
+
+def cnn(num_classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
+    """Two 5x5 convolutions of 16 and 32 channels with max-pooling, a hidden layer of 64."""
+    channels, height, width = input_shape
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * (height // 4) * (width // 4), 64),
+        nn.ReLU(),
+        nn.Linear(64, num_classes),
+    )
+
+
+def squeezenet1_0(num_classes: int) -> nn.Module:
+    """torchvision's SqueezeNet 1.0 (Iandola et al. 2016); no normalisation layers."""
+    return _reading_images(torchvision_models.squeezenet1_0(num_classes=num_classes))
+
+
+def squeezenet1_1(num_classes: int) -> nn.Module:
+    """torchvision's SqueezeNet 1.1, as accurate as 1.0 at 2.4 times less work."""
+    return _reading_images(torchvision_models.squeezenet1_1(num_classes=num_classes))
+
+
+def resnet18(num_classes: int, groups: int = 32) -> nn.Module:
+    """torchvision's ResNet-18 with GroupNorm instead of BatchNorm."""
+    norm: Callable[[int], nn.Module] = partial(_group_norm, groups)
+    network = torchvision_models.resnet18(num_classes=num_classes, norm_layer=norm)
+    return _reading_images(network)
+
+
+def _group_norm(groups: int, channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(groups, channels), channels)

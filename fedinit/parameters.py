@@ -1,0 +1,191 @@
+"""Named tensors <-> one flat vector <-> Flower's ArrayRecord, with no copy that nobody reads.
+
+Flower keeps arrays encoded: every reader decodes, every writer encodes. Within one process, and
+between processes that share memory, that is most of a message's cost. The two classes here look
+like Flower's own to any strategy or ClientApp, and are encoded only when their bytes are asked for.
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import flwr.app
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedinit.errors import RequestError
+
+# Ray hands out arrays in shared memory as read-only; nothing here writes to a received array.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+
+class Array(flwr.app.Array):
+    """A Flower Array around an ndarray, encoded when its bytes are asked for and not before.
+
+    It bears Flower's class name because Flower writes that name on the wire.
+    """
+
+    def __init__(self, ndarray: np.ndarray) -> None:
+        # Flower's __setattr__ keeps book of what is to be encoded again: nothing is encoded here.
+        self.__dict__.update(
+            dtype=str(ndarray.dtype),
+            shape=tuple(ndarray.shape),
+            stype="numpy.ndarray",
+            ndarray=ndarray,
+        )
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        """The array in Flower's encoding."""
+        return flwr.app.Array(self.__dict__["ndarray"]).data
+
+    def numpy(self) -> np.ndarray:
+        """Return a copy, which the caller may write to, as Flower's decoding gives."""
+        return self.__dict__["ndarray"].copy()
+
+
+def tensor(array: flwr.app.Array) -> Tensor:
+    """Return an array's values as a tensor to read; it may share memory with the array."""
+    return torch.from_numpy(
+        array.__dict__["ndarray"] if isinstance(array, Array) else array.numpy()
+    )
+
+
+class ArrayRecord(flwr.app.ArrayRecord):
+    """An ArrayRecord whose trainable arrays are views of one vector, `flat`.
+
+    Whoever changes an entry gets a plain record: `flat` is then None and readers look at the
+    entries. It travels between processes as its vector, in one piece.
+    """
+
+    flat: Tensor | None = None
+    _parts: tuple["Layout", Tensor, dict[str, Tensor]] | None = None
+
+    def __setitem__(self, key: str, value: flwr.app.Array) -> None:
+        self._forget()
+        super().__setitem__(key, value)
+
+    def __delitem__(self, key: str) -> None:
+        self._forget()
+        super().__delitem__(key)
+
+    def copy(self) -> "ArrayRecord":
+        """Return a record that can be changed without changing this one; arrays are shared."""
+        new = super().copy()
+        new.flat, new._parts = self.flat, self._parts
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self._parts is None:
+            return super().__reduce_ex__(protocol)
+        layout, flat, rest = self._parts
+        arrays = {name: value.numpy() for name, value in rest.items()}
+        return _rebuild, (layout, flat.numpy(), arrays)
+
+    def _forget(self) -> None:
+        self.flat = self._parts = None
+
+
+def _rebuild(layout: "Layout", flat: np.ndarray, rest: dict[str, np.ndarray]) -> ArrayRecord:
+    return layout.record(
+        torch.from_numpy(flat), {name: torch.from_numpy(value) for name, value in rest.items()}
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a model's arrays lie: the trainable ones in one flat vector, the rest by name.
+
+    Attributes:
+        shapes: every parameter and persistent buffer, in state-dict order, with its shape.
+            A tied parameter is listed once, under its first name.
+        trainable: the names of the parameters that are trained, in the vector's order.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    trainable: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Layout":
+        """Lay out a model; the parameters with `requires_grad` are the trainable ones.
+
+        Raises:
+            RequestError: nothing is trainable, or the trainable parameters differ in dtype.
+        """
+        parameters = dict(model.named_parameters())
+        trainable = tuple(name for name, value in parameters.items() if value.requires_grad)
+        dtypes = {parameters[name].dtype for name in trainable}
+        if len(dtypes) != 1:
+            found = ", ".join(sorted(map(str, dtypes))) or "no trainable parameter"
+            raise RequestError(f"model: trainable parameters must have one dtype, found {found}")
+        named = parameters | dict(model.named_buffers())
+        shapes = {
+            name: tuple(value.shape) for name, value in model.state_dict().items() if name in named
+        }
+        return cls(shapes, trainable)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Number of elements of each trainable array, in the vector's order."""
+        return [prod(self.shapes[name]) for name in self.trainable]
+
+    @cached_property
+    def fixed(self) -> list[str]:
+        """The names outside the vector: frozen parameters and buffers."""
+        trainable = set(self.trainable)
+        return [name for name in self.shapes if name not in trainable]
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Split a flat vector into views of the trainable arrays' shapes."""
+        parts = flat.split(self.sizes)
+        return [
+            part.view(self.shapes[name]) for name, part in zip(self.trainable, parts, strict=True)
+        ]
+
+    def flatten(self, record: flwr.app.ArrayRecord) -> Tensor:
+        """Return a record's trainable arrays as one vector, to read and not to write to.
+
+        Raises:
+            RequestError: an array is missing or has another shape.
+        """
+        if isinstance(record, ArrayRecord) and record.flat is not None:
+            return record.flat
+        return torch.cat([self._read(record, name).reshape(-1) for name in self.trainable])
+
+    def rest(self, record: flwr.app.ArrayRecord) -> dict[str, Tensor]:
+        """Return a record's arrays outside the vector, to read and not to write to."""
+        return {name: self._read(record, name) for name in self.fixed}
+
+    def record(self, flat: Tensor, rest: Mapping[str, Tensor]) -> ArrayRecord:
+        """Build the record of a flat vector and the arrays outside it; both are shared with it."""
+        views = dict(zip(self.trainable, self.views(flat), strict=True))
+        record = ArrayRecord()
+        for name in self.shapes:
+            value = views[name] if name in views else rest[name]
+            flwr.app.ArrayRecord.__setitem__(record, name, Array(value.numpy()))
+        record.flat, record._parts = flat, (self, flat, dict(rest))
+        return record
+
+    def record_of(self, model: nn.Module) -> ArrayRecord:
+        """Build the record of a copy of a model's weights."""
+        state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        flat = torch.cat([state[name].reshape(-1) for name in self.trainable])
+        return self.record(flat, {name: state[name] for name in self.fixed})
+
+    def named(self, record: flwr.app.ArrayRecord) -> dict[str, Tensor]:
+        """Return a record's arrays by name, in state-dict order."""
+        return {name: self._read(record, name) for name in self.shapes}
+
+    def _read(self, record: flwr.app.ArrayRecord, name: str) -> Tensor:
+        if name not in record:
+            raise RequestError(f"arrays: '{name}' is missing; got {', '.join(record) or 'none'}")
+        value = tensor(record[name])
+        if tuple(value.shape) != self.shapes[name]:
+            raise RequestError(
+                f"arrays: '{name}' has shape {tuple(value.shape)}, expected {self.shapes[name]}"
+            )
+        return value

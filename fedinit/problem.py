@@ -1,0 +1,109 @@
+"""What clients optimize: a data set, a model and a loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedinit.config import Run
+from fedinit.data import DATASETS, FederatedDataset, partitioned
+from fedinit.errors import RequestError
+from fedinit.models import MODELS, Model
+from fedinit.parameters import Layout
+from fedinit.randomness import Draw, keyed, torch_seed
+from fedinit.registry import call, resolve
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of scores (n, classes, ...) and integer targets (n, ...)."""
+    return functional.cross_entropy(outputs, targets, reduction="none")
+
+
+LOSSES: dict[str, Loss] = {"cross-entropy": cross_entropy}
+
+
+@dataclass
+class Problem:
+    """A data set dealt to clients, a model, and a loss of (outputs, targets) for each example."""
+
+    dataset: FederatedDataset
+    model: nn.Module
+    loss: Loss
+    layout: Layout
+
+
+def load_dataset(run: Run) -> FederatedDataset:
+    """Load the data set that a run names, not yet partitioned.
+
+    Raises:
+        RequestError: the name is unknown, the data are missing or corrupt, or the user's function
+            returns something else.
+    """
+    dataset = call("dataset", resolve("dataset", run.dataset, DATASETS), run.dataset_args)
+    if not isinstance(dataset, FederatedDataset):
+        raise RequestError(
+            f"dataset: '{run.dataset}' returned a {type(dataset).__name__}, "
+            "expected fedinit.data.FederatedDataset"
+        )
+    return dataset
+
+
+def find_model(name: str) -> Model:
+    """Return the model that a run names; a user's own may carry its head's prefix as `head`."""
+    found = resolve("model", name, MODELS)
+    return found if isinstance(found, Model) else Model(found, head=getattr(found, "head", None))
+
+
+def build_problem(run: Run, dataset: FederatedDataset) -> Problem:
+    """Build a run's problem: the model's weights are those of the run's seed.
+
+    Args:
+        run: the run.
+        dataset: its data set, partitioned already.
+
+    Raises:
+        RequestError: a name is unknown, or the user's function fails or returns something else.
+    """
+    spec = find_model(run.model)
+    offered: dict[str, Any] = {"input_shape": tuple(dataset.inputs.shape[1:])}
+    if dataset.num_classes is not None:
+        offered["num_classes"] = dataset.num_classes
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch_seed(keyed(Draw.WEIGHTS, run.seed)))
+        model = call("model", spec.build, run.model_args, **offered)
+    if not isinstance(model, nn.Module):
+        raise RequestError(
+            f"model: '{run.model}' returned a {type(model).__name__}, expected torch.nn.Module"
+        )
+    if run.trainable == "head":
+        _freeze_body(model, run.model, spec.head)
+    loss = resolve("loss", run.loss, LOSSES)
+    if run.loss_args:
+        loss = call("loss", loss, run.loss_args)
+    return Problem(dataset, model, loss, Layout.of(model))
+
+
+def _freeze_body(model: nn.Module, name: str, head: str | None) -> None:
+    if head is None:
+        raise RequestError(
+            f"trainable: '{name}' names no head; give its function an attribute `head`, the prefix "
+            "of the head's parameters"
+        )
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter_name.startswith(head + "."))
+
+
+__all__ = [
+    "LOSSES",
+    "Loss",
+    "Problem",
+    "build_problem",
+    "find_model",
+    "load_dataset",
+    "partitioned",
+]

@@ -1,0 +1,73 @@
+"""From a name in an experiment file to what it names: one of ours, or the user's own."""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from fedinit.errors import RequestError, unknown
+
+
+def resolve(kind: str, name: str, known: Mapping[str, Any]) -> Any:
+    """Return `known[name]`, or the attribute that `package.module:attribute` names.
+
+    Raises:
+        RequestError: the name is unknown, or the attribute cannot be imported.
+    """
+    if name in known:
+        return known[name]
+    if ":" not in name:
+        raise unknown(kind, name, [*known, "package.module:attribute"])
+    module_name, _, attribute = name.partition(":")
+    try:
+        value: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            value = getattr(value, part)
+    except Exception as error:  # whatever the user's module raises while it is imported
+        reason = " ".join(str(error).split())
+        raise RequestError(
+            f"{kind}: cannot import '{name}': {type(error).__name__}: {reason}"
+        ) from None
+    return value
+
+
+def call(kind: str, function: Any, arguments: Mapping[str, Any], **offered: Any) -> Any:
+    """Call what a run names with its `..._args`, and with those of `offered` that it asks for.
+
+    Raises:
+        RequestError: an argument is unknown or missing, or the user's own code raises.
+    """
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        parameters = {}  # type: ignore[assignment]
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    for name in arguments:
+        if parameters and not takes_any and name not in parameters:
+            raise unknown(f"{kind}_args key", name, parameters)
+    asked = {name: value for name, value in offered.items() if name in parameters}
+    try:
+        return function(**{**asked, **arguments})
+    except RequestError:
+        raise
+    except Exception as error:  # the user's own function
+        where = _where(error)
+        raise RequestError(
+            f"{kind}: {getattr(function, '__name__', function)} failed: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
+        ) from None
+
+
+def _where(error: BaseException) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})" if trace else ""
+
+
+def add_to_path(folders: list[str]) -> None:
+    """Put folders in front of the import path, so that a user's modules there can be named."""
+    for folder in reversed(folders):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)

@@ -1,0 +1,279 @@
+"""A Flower Grid on Ray actors: to a strategy it looks like any grid with one node per client.
+
+Flower's own runtime pickles, stores and polls for each client's message. Here each distinct content
+goes into Ray's object store once, each worker gets its share of the messages in one call, and, for
+a strategy whose reduction is a weighted mean, answers with one reply.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count
+from typing import Any, Self
+
+import ray
+from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from fedinit.cohort import ARRAYS, CohortSums
+from fedinit.errors import RequestError
+from fedinit.parameters import Layout
+from fedinit.simulation.flower_internals import claim_identity, new_run, number
+from fedinit.simulation.worker import Answer, Content, Share, Task, Worker
+
+# glibc hands every freed activation back to the kernel and faults it in again; keep it instead.
+_ENVIRONMENT = {
+    "MALLOC_TOP_PAD_": str(64 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+}
+
+
+class ClientError(RuntimeError):
+    """A client raised; the text names the client, the kind of message and the cause."""
+
+
+class Workers:
+    """The worker processes of a simulation, kept from run to run.
+
+    Args:
+        number: how many; None for one on each CPU that Ray has, `most` at the most.
+        most: an upper bound for `number=None`: more workers than clients in a round would idle.
+        import_path: folders that workers put on their import path.
+        address: a running Ray cluster to join; None starts Ray on this machine.
+
+    Raises:
+        RequestError: Ray has fewer CPUs than `number`, or cannot be reached.
+    """
+
+    def __init__(
+        self,
+        number: int | None = None,
+        most: int | None = None,
+        import_path: Sequence[str] = (),
+        address: str | None = None,
+    ) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        self._started = not ray.is_initialized()
+        if self._started:
+            local = {"include_dashboard": False} if address is None else {"address": address}
+            try:
+                ray.init(logging_level=logging.ERROR, log_to_driver=False, **local)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise RequestError(f"--address {address}: Ray did not start: {reason}") from None
+        cpus = int(ray.cluster_resources().get("CPU", 1))
+        if number is not None and number > cpus:
+            raise RequestError(f"workers: {number} workers, but Ray has {cpus} CPUs")
+        self.number = number or max(1, min(cpus, most or cpus))
+        actor = ray.remote(Worker).options(num_cpus=1, runtime_env={"env_vars": _ENVIRONMENT})
+        self._actors: list[Any] = [actor.remote(list(import_path)) for _ in range(self.number)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers, and Ray if it was started here."""
+        for actor in self._actors:
+            ray.kill(actor)
+        if self._started:
+            ray.shutdown()
+
+    def load(self, make_app: Callable[[], ClientApp], num_clients: int) -> None:
+        """Build a ClientApp in every worker."""
+        ray.get([actor.load.remote(make_app, num_clients) for actor in self._actors])
+
+    def run(self, worker: int, *arguments: Any) -> ray.ObjectRef:
+        """Start a share on a worker."""
+        return self._actors[worker].run.remote(*arguments)
+
+
+class RayGrid(Grid):
+    """A grid whose node k is the k-th virtual client, run by Ray workers.
+
+    Args:
+        workers: the processes to run on.
+        make_app: builds the ClientApp, once in each worker.
+        num_clients: number of virtual clients.
+        layout: the model's; if given, updates are measured in the workers (see `take_sums`).
+        reduce: let each worker answer train messages with one reply, the weighted mean over its
+            clients, `num-examples` summed. Needs a strategy that only takes weighted means.
+        expected_work: expected work of a message, to balance the shares; default: all alike.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        make_app: Callable[[], ClientApp],
+        num_clients: int,
+        layout: Layout | None = None,
+        reduce: bool = False,
+        expected_work: Callable[[Message], float] = lambda _: 1.0,
+    ) -> None:
+        if reduce and layout is None:
+            raise ValueError("reduce needs the model's layout")
+        claim_identity()
+        self._workers = workers
+        self._num_clients = num_clients
+        self._layout = layout
+        self._reduce = reduce
+        self._expected_work = expected_work
+        self._run = new_run()
+        self._message_ids = count(1)
+        self._shares: dict[ray.ObjectRef, dict[int, Message]] = {}  # under way
+        self._replies: dict[str, Message] = {}  # arrived, not yet pulled
+        self._states: dict[int, RecordDict] = {}
+        self._sums: dict[ray.ObjectRef, CohortSums | None] = {}
+        workers.load(make_app, num_clients)
+
+    def set_run(self, run: Run) -> None:
+        """Set the run's description; it decides nothing here."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run's description."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Create a message, as the Message constructor does."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The virtual clients' positions in the sorted client ids, from 0."""
+        return list(range(self._num_clients))
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Start the messages' work, balanced over the workers; return their ids.
+
+        Raises:
+            ValueError: two messages go to one node, or a node does not exist.
+        """
+        sent = sorted(messages, key=lambda message: message.metadata.dst_node_id)
+        nodes = [message.metadata.dst_node_id for message in sent]
+        if len(set(nodes)) < len(nodes) or not set(nodes) <= set(range(self._num_clients)):
+            raise ValueError(f"messages must go to distinct nodes of 0..{self._num_clients - 1}")
+        for message in sent:
+            number(message, str(next(self._message_ids)))
+        contents = self._store(sent)
+        starts = {id(message.content.get(ARRAYS)) for message in sent}
+        reduce = self._reduce and len(starts) == 1
+        work = [self._expected_work(message) for message in sent]
+        for worker, share in enumerate(assign(work, self._workers.number)):
+            chosen = {sent[index].metadata.dst_node_id: sent[index] for index in share}
+            if chosen:
+                tasks = [self._task(message) for message in chosen.values()]
+                used = {task.content: contents[task.content] for task in tasks}
+                ref = self._workers.run(worker, tasks, used, self._layout, reduce)
+                self._shares[ref] = chosen
+                self._sums[ref] = None
+        return [message.metadata.message_id for message in sent]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that are there, sorted by node; each is returned once.
+
+        Raises:
+            ClientError: a client raised.
+        """
+        self._collect(timeout=0)
+        found = [self._replies.pop(each) for each in message_ids if each in self._replies]
+        return sorted(found, key=lambda reply: reply.metadata.src_node_id)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Push, wait and pull; after `timeout` seconds only the replies that are there.
+
+        Raises:
+            ClientError: a client raised.
+        """
+        message_ids = self.push_messages(messages)
+        self._collect(timeout)
+        return self.pull_messages(message_ids)
+
+    def take_sums(self) -> CohortSums | None:
+        """Return the sums over the updates trained since the last call, in the workers' order."""
+        parts = [part for part in self._sums.values() if part is not None]
+        self._sums = dict.fromkeys(self._shares)
+        if not parts:
+            return None
+        for part in parts[1:]:
+            parts[0].merge(part)
+        return parts[0]
+
+    def _store(self, messages: Iterable[Message]) -> dict[int, Content]:
+        """Put each distinct ArrayRecord into the object store once; contents are keyed by id."""
+        refs: dict[int, ray.ObjectRef] = {}
+        contents: dict[int, Content] = {}
+        for message in messages:
+            key = id(message.content)
+            if key not in contents:
+                contents[key] = {}
+                for name, record in message.content.items():
+                    value: Any = record
+                    if isinstance(record, ArrayRecord):
+                        if id(record) not in refs:
+                            refs[id(record)] = ray.put(record)
+                        value = refs[id(record)]
+                    contents[key][name] = value
+        return contents
+
+    def _task(self, message: Message) -> Task:
+        to = message.metadata
+        state = self._states.get(to.dst_node_id)
+        return Task(to.dst_node_id, to.message_type, to.group_id, id(message.content), state)
+
+    def _collect(self, timeout: float | None) -> None:
+        """Turn finished shares into replies; wait for all, or for `timeout` seconds."""
+        waiting = list(self._shares)
+        done, _ = (
+            ray.wait(waiting, num_returns=len(waiting), timeout=timeout) if waiting else ([], 0)
+        )
+        for ref in done:
+            messages = self._shares.pop(ref)
+            share: Share = ray.get(ref)
+            self._sums[ref] = share.sums
+            for answer in share.answers:
+                self._receive(messages[answer.node_id], answer)
+
+    def _receive(self, message: Message, answer: Answer) -> None:
+        if answer.failure is not None:
+            kind = message.metadata.message_type
+            raise ClientError(f"client {answer.node_id} failed to {kind}: {answer.failure}")
+        if answer.state is not None:
+            self._states[answer.node_id] = answer.state
+        if answer.content is not None:
+            reply = Message(answer.content, reply_to=message)
+            self._replies[message.metadata.message_id] = reply
+
+
+def assign(work: Sequence[float], workers: int) -> list[list[int]]:
+    """Deal tasks to workers, the longest first, each to the worker with the least work so far.
+
+    Args:
+        work: expected work of each task, in any unit.
+        workers: number of workers.
+
+    Returns:
+        The tasks' positions for each worker, ascending; a function of the arguments alone.
+    """
+    loads = [0.0] * workers
+    shares: list[list[int]] = [[] for _ in range(workers)]
+    for index in sorted(range(len(work)), key=lambda each: (-work[each], each)):
+        worker = loads.index(min(loads))
+        shares[worker].append(index)
+        loads[worker] += work[index]
+    return [sorted(share) for share in shares]

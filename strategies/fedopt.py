@@ -1,0 +1,144 @@
+"""FedOpt (Reddi et al. 2021): a sampled cohort, a weighted mean of updates, a server optimizer.
+
+Every method of the study is this strategy: 5 client optimizers x the server optimizers.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from flwr.supercore import log
+from torch import Tensor
+
+from fedinit.cohort import ARRAYS, CohortSums
+from fedinit.parameters import Array, Layout
+from fedinit.randomness import Draw, keyed
+
+OptimizerFactory = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
+
+
+class FedOpt(Strategy):
+    """x <- SERVEROPT(x, D) with D the mean of the cohort's updates, weighted by their examples.
+
+    Only trainable arrays are stepped; float buffers take the weighted mean, integers are copied.
+
+    Args:
+        server_optimizer: builds the server optimizer, a `torch.optim.Optimizer`, over the vector x.
+        layout: which arrays are trainable, and in what order they make the vector x.
+        cohort: number of clients in a round.
+        clients: number of clients in all; a round does not begin before they are all there.
+        seed: with the round's number it fixes the cohort, over the sorted node ids.
+        share_state: for mimelite clients: they receive the optimizer's state, which is then
+            refreshed with the mean of their `gradients` at x, while x -= lr D.
+        server_lr: the rate of that last step; read only with `share_state`.
+    """
+
+    reduces_in_worker = True  # its reduction is a weighted mean: RayGrid may do most of it
+
+    def __init__(
+        self,
+        server_optimizer: OptimizerFactory,
+        layout: Layout,
+        cohort: int,
+        clients: int,
+        seed: int = 0,
+        share_state: bool = False,
+        server_lr: float = 1.0,
+    ) -> None:
+        self.layout = layout
+        self.cohort = cohort
+        self.clients = clients
+        self.seed = seed
+        self.share_state = share_state
+        self.server_lr = server_lr
+        self._build = server_optimizer
+        self._point: Tensor | None = None  # the vector that the server optimizer steps on
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._arrays = ArrayRecord()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send x, and the optimizer's state where it is shared, to the round's cohort."""
+        while len(nodes := sorted(grid.get_node_ids())) < self.clients:
+            time.sleep(0.1)  # under Flower's runtime the nodes register one by one
+        self._arrays = arrays
+        chosen = keyed(Draw.COHORT, self.seed, server_round).permutation(len(nodes))[: self.cohort]
+        content = RecordDict({ARRAYS: arrays, "config": ConfigRecord(dict(config))})
+        content.config_records["config"]["server-round"] = server_round
+        if self.share_state:
+            content["server-state"] = self._state(self.layout.flatten(arrays))
+        return [
+            Message(content, dst_node_id=nodes[index], message_type=MessageType.TRAIN)
+            for index in sorted(chosen)
+        ]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Form D from the replies and step.
+
+        Raises:
+            RuntimeError: a client failed; survivors are never averaged in silence.
+        """
+        start = self.layout.flatten(self._arrays)
+        sums = CohortSums(self.layout, alignment=False)
+        for reply in sorted(replies, key=lambda each: each.metadata.src_node_id):
+            if reply.has_error():
+                raise RuntimeError(
+                    f"round {server_round}: node {reply.metadata.src_node_id} failed: "
+                    f"{reply.error.reason}"
+                )
+            sums.add(start, reply.content)
+        if not sums.clients:
+            raise RuntimeError(f"round {server_round}: no client replied")
+        metrics = sums.mean_metrics()
+        update = sums.mean_update() * metrics.get("local-norm", 1.0)  # tau_eff of nova clients
+        point = self._step(start, update.to(start.dtype), sums)
+        rest = sums.mean_rest(self.layout.rest(self._arrays))
+        return self.layout.record(point, rest), MetricRecord(dict(metrics))
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """No evaluation on clients: x is evaluated on the test set."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Nothing was asked of the clients."""
+        return None
+
+    def summary(self) -> None:
+        """Log the strategy's settings."""
+        log(20, "\t└──> FedOpt: cohort %s of %s clients", self.cohort, self.clients)
+
+    def _step(self, start: Tensor, update: Tensor, sums: CohortSums) -> Tensor:
+        point, optimizer = self._at(start)
+        if self.share_state:
+            # A step on a point that is then put aside refreshes the state with the gradient at x.
+            point.grad = sums.mean_extra("gradients")["gradient"].to(start.dtype)
+            optimizer.step()
+            return start - self.server_lr * update
+        point.grad = update
+        optimizer.step()
+        return point.detach().clone()
+
+    def _at(self, start: Tensor) -> tuple[Tensor, torch.optim.Optimizer]:
+        if self._point is None or self._optimizer is None:
+            self._point = torch.nn.Parameter(start.clone())
+            self._optimizer = self._build([self._point])
+        self._point.data.copy_(start)
+        return self._point, self._optimizer
+
+    def _state(self, start: Tensor) -> ArrayRecord:
+        point, optimizer = self._at(start)
+        record = ArrayRecord()
+        for name, value in optimizer.state[point].items():
+            if isinstance(value, Tensor):  # SGD's state names a buffer before it has one
+                record[name] = Array(value.clone().numpy())
+        return record

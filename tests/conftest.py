@@ -1,0 +1,52 @@
+"""Shared by the tests: one Ray for all of them, and `fedinit` as a user calls it."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+from typer.testing import CliRunner, Result
+
+from experiments.cli import app
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_ray() -> Iterator[None]:
+    """Start Ray when the first simulation does, and end it with the session."""
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ray_started(one_ray: None) -> None:
+    """A Ray that is kept between tests."""
+    if not ray.is_initialized():
+        ray.init(num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+
+
+@pytest.fixture
+def fedinit() -> Callable[..., Result]:
+    """Call the command line in this process."""
+    runner = CliRunner()
+
+    def call(*arguments: object) -> Result:
+        return runner.invoke(app, [str(each) for each in arguments])
+
+    return call
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Callable[[dict], Path]:
+    """Write an experiment file with the tests' own problems beside it."""
+
+    def write(settings: dict) -> Path:
+        shutil.copy(HERE / "plugged_in.py", tmp_path)
+        path = tmp_path / "experiment.yaml"
+        path.write_text(yaml.safe_dump(settings, sort_keys=False))
+        return path
+
+    return write

@@ -1,0 +1,82 @@
+"""Problems as a user would plug them in: quadratics whose federated training is known by hand."""
+
+import torch
+from flwr.app import Array
+from flwr.serverapp.strategy import FedAvg
+from torch import Tensor, nn
+
+from fedinit.data import FederatedDataset
+
+
+def quadratics(
+    curvature: list[list[float]], optimum: list[list[float]], examples: list[int]
+) -> FederatedDataset:
+    """Client i holds examples[i] equal rows: its loss is 1/2 sum_k a_ik (x_k - b_ik)^2."""
+    rows = {}
+    inputs, targets = [], []
+    for client, (a, b, n) in enumerate(zip(curvature, optimum, examples, strict=True)):
+        rows[f"client {client}"] = range(len(inputs), len(inputs) + n)
+        inputs += [a] * n
+        targets += [b] * n
+    x, y = torch.tensor(inputs, dtype=torch.float64), torch.tensor(targets, dtype=torch.float64)
+    return FederatedDataset(x, y, rows, x, y)
+
+
+class Point(nn.Module):
+    """The point x itself, in float64; its output for a row is (x, the row's curvature)."""
+
+    def __init__(self, size: int = 2) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.zeros(size, dtype=torch.float64))
+
+    def forward(self, curvature: Tensor) -> Tensor:
+        return torch.stack([self.x.expand_as(curvature), curvature], dim=1)
+
+
+def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    x, curvature = outputs[:, 0], outputs[:, 1]
+    return (curvature * (x - targets).square()).sum(1) / 2
+
+
+def gaussians(clients: int = 6, classes: int = 3, per_client: int = 20) -> FederatedDataset:
+    """Noisy points around `classes` corners; clients of unequal size."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = [per_client + 5 * client for client in range(clients)]
+    targets = torch.randint(classes, (sum(sizes) + 60,), generator=generator)
+    inputs = torch.eye(8)[targets] + 0.3 * torch.randn(len(targets), 8, generator=generator)
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    rows = {
+        f"c{i}": range(end - size, end)
+        for i, (end, size) in enumerate(zip(ends, sizes, strict=True))
+    }
+    last = ends[-1]
+    return FederatedDataset(inputs[:last], targets[:last], rows, inputs[last:], targets[last:])
+
+
+def batch_norm_classifier(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, num_classes))
+
+
+def dropout_classifier(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, num_classes))
+
+
+dropout_classifier.head = "3"
+
+
+class HalfStep(FedAvg):
+    """A user's own strategy: Flower's FedAvg that goes only half of the way."""
+
+    def configure_train(self, server_round, arrays, config, grid):
+        self.before = arrays.to_numpy_ndarrays()
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(self, server_round, replies):
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        means = arrays.to_numpy_ndarrays()
+        half = [(old + new) / 2 for old, new in zip(self.before, means, strict=True)]
+        return type(arrays)(dict(zip(arrays, map(_array, half), strict=True))), metrics
+
+
+def _array(values):
+    return Array(values)

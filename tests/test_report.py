@@ -1,0 +1,274 @@
+"""The report, from real results folders whose rounds hold known numbers."""
+
+import csv
+import html
+import json
+import re
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from rich.console import Console
+
+from fedinit.config import load_experiment
+from fedinit.errors import RequestError
+from fedinit.report import compare_initializations, console_table, write_report
+from fedinit.results import RunFolder, read_summary, summarize
+
+CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM_OPTIONS = (
+    "headless",
+    "no-sandbox",
+    "disable-gpu",
+    "hide-scrollbars",
+    "disable-quic",
+    "no-first-run",
+    "disable-background-networking",
+    "disable-component-update",
+    "disable-sync",
+)
+ATTACK = "<script>alert(1)</script>"
+INITIALIZATION = {
+    "source": "random",
+    "loaded": ["stem.weight", "stem.bias"],
+    "fresh": ["head.weight"],
+    "unused": ["classifier.weight"],
+}
+
+
+def results(
+    tmp_path: Path,
+    grid: str,
+    ends: Iterable[float | None],
+    measure: str = "test_accuracy",
+    name: str = "study",
+) -> Path:
+    """Write a results folder: each run of the grid ends at its number, or fails where it is None.
+
+    A run's accuracy (or loss, with no accuracy) is half its end in round 0 and its end in round 2.
+    """
+    file = tmp_path / "study.yaml"
+    file.write_text(f"name: {name}\ndataset: toy\nmodel: tiny\ntarget_accuracy: 0.6\ngrid: {grid}")
+    experiment = load_experiment(file)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for (label, run), end in zip(experiment.runs.items(), ends, strict=True):
+        at = RunFolder(folder / label)
+        if end is None:
+            at.fail(f"RuntimeError: {ATTACK}")
+            continue
+        at.begin(run, INITIALIZATION)
+        tested: dict[str, Any] = {"test_loss": 1.5, "test_accuracy": None}
+        at.append({"round": 0, **tested, measure: end / 2, "wall_seconds": 0.0})
+        for number in (1, 2):
+            done = {**tested, measure: end} if number == 2 else {"test_loss": None}
+            trained = {"train_loss": 1 / number, "gradient_diversity": 2.0 * number}
+            at.append({"round": number, **trained, **done, "wall_seconds": 1.5})
+        at.finish({"weight": torch.zeros(1)})
+    summarize(folder, experiment.name, experiment.varied, experiment.runs)
+    return folder
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_random_is_compared_with_pretrained_in_words_and_in_a_table(tmp_path: Path) -> None:
+    """sgd: 70 - 50 = +20 points; adam: 65 - 60 = +5; on average +12.5.
+
+    The two methods end 60 - 50 = 10 points apart from random, 70 - 65 = 5 apart from pretrained.
+    """
+    grid = "{server.optimizer: [sgd, adam], initialization: [random, pretrained]}"
+    folder = results(tmp_path, grid, [0.5, 0.7, 0.6, 0.65])
+    comparison = compare_initializations(read_summary(folder))
+    assert comparison is not None
+    assert comparison.title == "Random against pre-trained"
+    assert comparison.rows == [
+        ["sgd", "50.0%", "70.0%", "+20.0 points"],
+        ["adam", "60.0%", "65.0%", "+5.0 points"],
+    ]
+    assert comparison.paragraphs == [
+        "Started from pretrained, the final test accuracy is higher than from random in 2 of 2 "
+        "settings. The difference is +12.5 points on average: "
+        "from +5.0 points (adam) to +20.0 points (sgd). "
+        "The 2 methods end within 10.0 points of each other from random, "
+        "and within 5.0 points from pretrained.",
+    ]
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert comparison.paragraphs[0] in page
+
+
+def test_a_pair_with_a_failed_run_is_not_compared(tmp_path: Path) -> None:
+    folder = results(tmp_path, "{initialization: [pretrained, random]}", [None, 0.5])
+    comparison = compare_initializations(read_summary(folder))
+    assert comparison is not None
+    assert comparison.rows == [["50.0%", "–", "–"]]  # noqa: RUF001
+    assert comparison.paragraphs == [
+        "No setting has finished both from random and from pretrained yet."
+    ]
+
+
+def test_figures_hold_the_recorded_numbers(tmp_path: Path) -> None:
+    folder = results(tmp_path, "{dataset: [a, b]}", [0.5, 0.75])
+    write_report(folder)
+    accuracy = read_csv(folder / "figures" / "test_accuracy.csv")
+    assert [(row["dataset"], row["round"], float(row["test_accuracy"])) for row in accuracy] == [
+        ("a", "0", 0.25),
+        ("a", "2", 0.5),
+        ("b", "0", 0.375),
+        ("b", "2", 0.75),
+    ]
+    train = read_csv(folder / "figures" / "train_loss.csv")
+    assert [(row["round"], float(row["train_loss"])) for row in train[:2]] == [("1", 1), ("2", 0.5)]
+    drawn = {path.name for path in (folder / "figures").glob("*.svg")}
+    assert drawn == {"test_accuracy.svg", "train_loss.svg", "gradient_diversity.svg"}
+
+
+def test_seeds_are_averaged(tmp_path: Path) -> None:
+    """0.4, 0.5, 0.6: mean 0.5, deviation sqrt((0.01 + 0 + 0.01) / 2) = 0.1; halved in round 0."""
+    folder = results(tmp_path, "{seed: [0, 1, 2]}", [0.4, 0.5, 0.6])
+    page = write_report(folder).read_text(encoding="utf-8")
+    start, end = read_csv(folder / "figures" / "test_accuracy.csv")
+    assert float(start["test_accuracy"]) == pytest.approx(0.25)
+    assert float(start["standard_deviation"]) == pytest.approx(0.05)
+    assert float(end["test_accuracy"]) == pytest.approx(0.5)
+    assert float(end["standard_deviation"]) == pytest.approx(0.1)
+    assert end["seeds"] == "3"
+    assert "the band is one standard deviation" in page
+
+
+def test_loss_stands_in_for_a_missing_accuracy(tmp_path: Path) -> None:
+    grid = "{initialization: [random, pretrained]}"
+    folder = results(tmp_path, grid, [2.0, 0.5], measure="test_loss")
+    comparison = compare_initializations(read_summary(folder))
+    assert comparison is not None
+    assert comparison.paragraphs == [
+        "Started from pretrained, the final test loss is 0.500; "
+        "from random it is 2.00: a difference of \N{MINUS SIGN}1.50."
+    ]
+    write_report(folder)
+    assert (folder / "figures" / "test_loss.svg").exists()
+    assert not (folder / "figures" / "test_accuracy.svg").exists()
+
+
+def test_what_a_user_wrote_is_escaped(tmp_path: Path) -> None:
+    """A setting reaches the page as a panel's title, in tables, run.yaml and alternative text."""
+    grid = f"{{dataset: ['{ATTACK}', '\" onload=\"x'], dataset_args: [{{k: '{ATTACK}'}}]}}"
+    folder = results(tmp_path, grid, [0.5, 0.6])
+    summary = read_summary(folder)
+    summary["name"] = ATTACK
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert html.escape(ATTACK) in page
+    for figure in (folder / "figures").glob("*.svg"):
+        root = ElementTree.fromstring(figure.read_text(encoding="utf-8"))  # noqa: S314
+        assert not [element for element in root.iter() if element.tag.endswith("script")]
+        assert "onload" not in root.attrib
+
+
+def test_the_page_needs_no_network_and_its_figures_share_no_id(tmp_path: Path) -> None:
+    folder = results(tmp_path, "{initialization: [random, pretrained]}", [0.5, 0.7])
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert not re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?(?:https?:)?//[^"')]*""", page)
+    assert set(re.findall(r"https?://[^\s\"']+", page)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'(?:href="|url\()#([^")]+)', page)
+    assert used
+    assert set(used) <= set(ids)
+    assert page.count('<svg role="img" aria-label="') == 3
+    assert "Last values: random 50.0% at round 2; pretrained 70.0% at round 2." in page
+
+
+def test_the_same_results_give_the_same_page(tmp_path: Path) -> None:
+    folder = results(tmp_path, "{seed: [0, 1]}", [0.5, 0.7])
+    assert write_report(folder).read_bytes() == write_report(folder).read_bytes()
+
+
+def test_runs_that_failed_or_have_not_begun_are_shown(tmp_path: Path) -> None:
+    folder = results(tmp_path, "{seed: [0, 1]}", [None, None])
+    (folder / "seed=1" / "error.txt").unlink()
+    experiment = load_experiment(tmp_path / "study.yaml")
+    summarize(folder, experiment.name, experiment.varied, experiment.runs)
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert f"<pre>RuntimeError: {html.escape(ATTACK)}</pre>" in page
+    assert "This run has not begun." in page
+    assert "No round has been recorded yet." in page
+    assert list((folder / "figures").iterdir()) == []
+
+
+def test_a_run_section_holds_its_settings_and_what_was_loaded(tmp_path: Path) -> None:
+    page = write_report(results(tmp_path, "{seed: [7]}", [0.5])).read_text(encoding="utf-8")
+    assert "seed: 7" in page
+    assert "<dt>loaded</dt><dd>2</dd>" in page
+    assert re.search(r"<dt>fresh</dt><dd>\s*1: <code>head.weight</code>", page)
+    assert re.search(r"<dt>unused</dt><dd>\s*1: <code>classifier.weight</code>", page)
+
+
+def test_more_methods_than_colours_become_panels(tmp_path: Path) -> None:
+    grid = "{client.optimizer: [a, b, c, d], server.optimizer: [e, f]}"
+    folder = results(tmp_path, grid, [0.5] * 8)
+    write_report(folder)
+    svg = (folder / "figures" / "test_accuracy.svg").read_text(encoding="utf-8")
+    assert "server.optimizer = e</text>" in svg
+    assert "server.optimizer = f</text>" in svg
+
+
+def test_the_console_table_fits_100_columns(tmp_path: Path) -> None:
+    grid = (
+        "{dataset: [fashion-mnist], client.optimizer: [proximal], server.optimizer: [adam], "
+        "initialization: [random, pretrained]}"
+    )
+    summary = read_summary(results(tmp_path, grid, [0.7, None]))
+    console = Console(width=100, record=True)
+    console.print(console_table(summary))
+    printed = console.export_text().splitlines()
+    rows = [" ".join(line.split()) for line in printed if line.startswith("fashion-mnist")]
+    assert rows[0] == "fashion-mnist proximal adam random done 70.0% 70.0% 2 3.0"
+    assert rows[1].startswith("fashion-mnist proximal adam pretrained failed")
+
+
+def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no results here"):
+        write_report(tmp_path)
+
+
+@pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is not installed")
+def test_a_phone_scrolls_the_page_in_one_direction_only(tmp_path: Path) -> None:
+    """In a frame of 390 pixels the page is 390 wide, though its tables and YAML are wider."""
+    long = "a-very-long-name-without-a-break" * 3
+    grid = f"{{client.optimizer: [sgd, {long}], initialization: [random, pretrained]}}"
+    folder = results(tmp_path, grid, [0.5, 0.7, 0.4, None])
+    page = write_report(folder).read_text(encoding="utf-8").replace("<details>", "<details open>")
+    wrapper = tmp_path / "wrapper.html"
+    wrapper.write_text(
+        f'<iframe style="width:390px;height:800px;border:0" srcdoc="{html.escape(page)}"></iframe>'
+        "<p></p><script>onload = () => {"
+        "const root = document.querySelector('iframe').contentDocument;"
+        "const width = selector => root.querySelector(selector).scrollWidth;"
+        "document.querySelector('p').textContent ="
+        "`page ${width('html')}, table ${width('.scroll')}`; }</script>",
+        encoding="utf-8",
+    )
+    options = [f"--{option}" for option in CHROMIUM_OPTIONS]
+    profile = tmp_path / "profile"
+    dom = subprocess.run(  # noqa: S603
+        [CHROMIUM, *options, f"--user-data-dir={profile}", "--dump-dom", wrapper.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    measured = re.search(r"<p>page (\d+), table (\d+)</p>", dom)
+    assert measured, dom[-500:]
+    assert int(measured[1]) == 390
+    assert int(measured[2]) > 390
