@@ -25,7 +25,9 @@ class Progress:
     def run(self, label: str, rounds: int, initialization: str) -> Iterator[Report]:
         """Show one run; the yielded function takes each round's line."""
         self._begun += 1
-        self._console.print(f"[{self._begun}/{self._runs}] {label}", markup=False, highlight=False, soft_wrap=True)
+        self._console.print(
+            f"[{self._begun}/{self._runs}] {label}", markup=False, highlight=False, soft_wrap=True
+        )
         self._console.print(f"  {initialization}", markup=False, highlight=False, soft_wrap=True)
         if self._console.is_terminal:
             with self._bar() as bar:
@@ -62,11 +64,10 @@ class Progress:
         done = line["round"]
         left = (time.perf_counter() - since) * (rounds - done) / done if done else None
         text = f"  round {done}/{rounds}  {_score(line)}"
-        self._console.print(
-            text + (f"  {left:.0f} s left" if left is not None else ""),
-            markup=False,
-            highlight=False,
-        )
+        self._say(text + (f"  {left:.0f} s left" if left is not None else ""))
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _score(line: dict[str, Any]) -> str:

@@ -74,15 +74,21 @@ class Simulation:
     def grid(self, workers: Workers, datasets: Datasets) -> RayGrid:
         """Build the grid of this run on the given workers."""
         owners = ray.put(self.problem.dataset.owners)
-        auto = getattr(self.strategy, "reduces_in_worker", False)
         return RayGrid(
             workers,
             partial(_worker_app, self.run, datasets.store(self.run), owners),
             self.clients,
             self.problem.layout,
-            reduce=auto if self.run.reduce == "auto" else self.run.reduce == "worker",
+            self._reduction(),
             expected_work=self._expected_work,
         )
+
+    def _reduction(self) -> torch.dtype | None:
+        """The dtype of the workers' means: Flower's strategies expect the model's own."""
+        ours = getattr(self.strategy, "reduces_in_worker", False)
+        if self.run.reduce == "client" or (self.run.reduce == "auto" and not ours):
+            return None
+        return torch.float64 if ours else self.problem.layout.flatten(self.arrays).dtype
 
     def _expected_work(self, message: Message) -> float:
         """Local steps of a train message; the other messages are alike."""

@@ -142,11 +142,19 @@ class CohortSums:
         """The weighted mean of every scalar metric."""
         return {name: value / self.examples for name, value in self.metrics.items()}
 
-    def reply(self, start: ArrayRecord) -> RecordDict:
-        """One reply that stands for all those added to `start`: their mean, the examples summed."""
-        flat = self.layout.flatten(start)
-        mean = (flat - self.mean_update()).to(flat.dtype)
-        arrays = self.layout.record(mean, self.mean_rest(self.layout.rest(start)))
+    def reply(self, start: ArrayRecord, dtype: torch.dtype) -> RecordDict:
+        """One reply that stands for all those added to `start`: their mean, the examples summed.
+
+        Args:
+            start: the weights that the clients started from.
+            dtype: of the mean. In float64 the cohort's mean does not depend on who reduced what.
+        """
+        rest = {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in self.layout.rest(start).items()
+        }
+        mean = (self.layout.flatten(start) - self.mean_update()).to(dtype)
+        arrays = self.layout.record(mean, self.mean_rest(rest))
         metrics = MetricRecord({NUM_EXAMPLES: self.examples, **self.mean_metrics()})
         content = RecordDict({ARRAYS: arrays, METRICS: metrics})
         for name in self.extra:

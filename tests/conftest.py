@@ -50,3 +50,17 @@ def experiment(tmp_path: Path) -> Callable[[dict], Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def finals(fedinit, experiment, ray_started, tmp_path):
+    """Run settings and return each run's folder."""
+
+    def run(settings: dict, out: str = "out") -> dict[str, Path]:
+        result = fedinit("run", experiment(settings), "--out", tmp_path / out)
+        assert result.exit_code == 0, result.output
+        return {
+            each.parent.name: each.parent for each in (tmp_path / out).glob("*/final.safetensors")
+        }
+
+    return run

@@ -261,7 +261,7 @@ def test_a_phone_scrolls_the_page_in_one_direction_only(tmp_path: Path) -> None:
     )
     options = [f"--{option}" for option in CHROMIUM_OPTIONS]
     profile = tmp_path / "profile"
-    dom = subprocess.run(  # noqa: S603
+    dom = subprocess.run(
         [CHROMIUM, *options, f"--user-data-dir={profile}", "--dump-dom", wrapper.as_uri()],
         capture_output=True,
         text=True,

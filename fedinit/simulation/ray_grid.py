@@ -12,6 +12,7 @@ from itertools import count
 from typing import Any, Self
 
 import ray
+import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
@@ -103,7 +104,8 @@ class RayGrid(Grid):
         num_clients: number of virtual clients.
         layout: the model's; if given, updates are measured in the workers (see `take_sums`).
         reduce: let each worker answer train messages with one reply, the weighted mean over its
-            clients, `num-examples` summed. Needs a strategy that only takes weighted means.
+            clients in this dtype, `num-examples` summed. Needs a strategy that takes weighted
+            means only. None: one reply for each client.
         expected_work: expected work of a message, to balance the shares; default: all alike.
     """
 
@@ -113,10 +115,10 @@ class RayGrid(Grid):
         make_app: Callable[[], ClientApp],
         num_clients: int,
         layout: Layout | None = None,
-        reduce: bool = False,
+        reduce: torch.dtype | None = None,
         expected_work: Callable[[Message], float] = lambda _: 1.0,
     ) -> None:
-        if reduce and layout is None:
+        if reduce is not None and layout is None:
             raise ValueError("reduce needs the model's layout")
         claim_identity()
         self._workers = workers
@@ -170,7 +172,7 @@ class RayGrid(Grid):
             number(message, str(next(self._message_ids)))
         contents = self._store(sent)
         starts = {id(message.content.get(ARRAYS)) for message in sent}
-        reduce = self._reduce and len(starts) == 1
+        reduce = self._reduce if len(starts) == 1 else None
         work = [self._expected_work(message) for message in sent]
         for worker, share in enumerate(assign(work, self._workers.number)):
             chosen = {sent[index].metadata.dst_node_id: sent[index] for index in share}

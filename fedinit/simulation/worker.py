@@ -69,7 +69,7 @@ class Worker:
         tasks: list[Task],
         contents: Mapping[int, Content],
         layout: Layout | None,
-        reduce: bool,
+        reduce: torch.dtype | None,
     ) -> Share:
         """Answer each message.
 
@@ -77,7 +77,8 @@ class Worker:
             tasks: this worker's share.
             contents: the distinct contents that the tasks refer to.
             layout: sums over the updates of train messages are kept if it is given.
-            reduce: whether the train messages of the share are answered by one reply, their mean.
+            reduce: if given, the train messages of the share are answered by one reply, their mean
+                in this dtype.
         """
         received = _fetch(contents)
         answers: list[Answer] = []
@@ -90,14 +91,14 @@ class Worker:
             training = task.message_type.startswith(MessageType.TRAIN)
             if sums is not None and training and isinstance(start, ArrayRecord) and _usual(reply):
                 sums.add(sums.layout.flatten(start), reply)
-                if reduce:
+                if reduce is not None:
                     answer, reduced = answer._replace(content=None), start
             answers.append(answer)
         if sums is None or not sums.clients:
             return Share(answers, None)
-        if reduced is not None:
+        if reduced is not None and reduce is not None:
             place = next(k for k, each in enumerate(answers) if each.failure is each.content)
-            answers[place] = answers[place]._replace(content=sums.reply(reduced))
+            answers[place] = answers[place]._replace(content=sums.reply(reduced, reduce))
         sums.rest, sums.extra = {}, {}  # the replies carry these already
         return Share(answers, sums)
 

@@ -1,0 +1,132 @@
+"""Embedded data, partitions, and what a data set checks."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedinit.config import Partition
+from fedinit.data import DATASETS, ClientRows, FederatedDataset, partitioned
+from fedinit.errors import RequestError
+
+
+def labelled(rows: int, classes: int = 10) -> FederatedDataset:
+    targets = torch.arange(rows) % classes
+    return FederatedDataset(torch.zeros(rows, 1), targets, None, torch.zeros(1, 1), targets[:1])
+
+
+def check_dealt(dataset: FederatedDataset) -> None:
+    """Every row is given once and no client is empty."""
+    assert sorted(dataset.owners.rows.tolist()) == list(range(len(dataset)))
+    assert dataset.owners.sizes.min() >= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    alpha=st.floats(min_value=5e-324, max_value=1e308),
+    rows=st.integers(20, 300),
+    clients=st.integers(1, 20),
+    classes=st.integers(1, 12),
+    seed=st.integers(0, 2**32),
+)
+def test_dirichlet_never_fails(alpha, rows, clients, classes, seed):
+    partition = Partition(kind="dirichlet", alpha=alpha, clients=clients)
+    dealt = partitioned(labelled(rows, classes), partition, seed)
+    check_dealt(dealt)
+    assert len(dealt.owners) == clients
+    assert np.ptp(dealt.owners.sizes) <= 1
+
+
+def test_alpha_sets_the_skew():
+    """alpha -> 0: one label for each client while labels last; alpha -> infinity: all alike."""
+
+    def labels_of(alpha: float) -> list[np.ndarray]:
+        partition = Partition(kind="dirichlet", alpha=alpha, clients=50)
+        dealt = partitioned(labelled(5000), partition, 3)
+        return [np.bincount(dealt.targets[dealt.owners.at(k)], minlength=10) for k in range(50)]
+
+    pure = np.mean([counts.max() == 100 for counts in labels_of(1e-9)])
+    assert pure > 0.7  # a client whose label ran out in mid-draw has two or more
+    even = labels_of(1e9)
+    # the first clients draw from full labels: 100 draws of 10 equal labels have deviation 3
+    assert np.abs(np.array(even[:25]) - 10).max() <= 15
+    # proportions q ~ Dir(0.1, ..., 0.1): E sum q^2 = (1 + a) / (1 + K a) = 1.1 / 2
+    shares = np.array(labels_of(0.1)[:15]) / 100
+    assert (shares**2).sum(1).mean() == pytest.approx(0.55, abs=0.15)
+
+
+def test_partitions_are_keyed_by_the_seed():
+    data = labelled(200)
+    for kind in ("iid", "dirichlet"):
+        partition = Partition(kind=kind, clients=7)
+        one, again, other = (partitioned(data, partition, seed).owners.rows for seed in (1, 1, 2))
+        assert np.array_equal(one, again)
+        assert not np.array_equal(one, other)
+        check_dealt(partitioned(data, partition, 1))
+
+
+def test_natural_clients_keep_their_rows():
+    owners = ClientRows.by_owner(["b", "a", "b", "c", "a"])
+    assert {client: rows.tolist() for client, rows in owners.items()} == {
+        "a": [1, 4],
+        "b": [0, 2],
+        "c": [3],
+    }
+    assert ClientRows.of({"b": [0, 2], "a": [1, 4], "c": [3]}).rows.tolist() == owners.rows.tolist()
+
+
+def test_a_dataset_checks_its_clients():
+    x = torch.zeros(3, 1)
+    y = torch.zeros(3, dtype=torch.long)
+    with pytest.raises(RequestError, match="3 rows with 2 targets"):
+        FederatedDataset(x, y[:2], None, x, y)
+    with pytest.raises(RequestError, match="client 'b' has no rows"):
+        FederatedDataset(x, y, {"a": [0, 1, 2], "b": []}, x, y)
+    with pytest.raises(RequestError, match=r"must lie in 0\.\.2, got 0\.\.3"):
+        FederatedDataset(x, y, {"a": [0, 3]}, x, y)
+    with pytest.raises(RequestError, match="test set is empty"):
+        FederatedDataset(x, y, None, x[:0], y[:0])
+
+
+def test_what_a_model_reads():
+    """uint8 is read as floats in [0, 1], other integers as int64, floats as they are."""
+    images = torch.tensor([[0], [51], [255]], dtype=torch.uint8)
+    labels = torch.tensor([0, 1, 2], dtype=torch.int16)
+    data = FederatedDataset(images, labels, {"a": [2, 1]}, images, labels)
+    inputs, targets = data.batch(data.owners["a"])
+    assert inputs.tolist() == [[1.0], [pytest.approx(0.2)]]
+    assert targets.dtype == torch.int64
+    assert targets.tolist() == [2, 1]
+    assert data.num_classes == 3
+
+
+def test_fashion_mnist():
+    data = DATASETS["fashion-mnist"]()
+    assert data.inputs.shape == (6000, 1, 28, 28)
+    assert data.test_inputs.shape == (1000, 1, 28, 28)
+    assert np.bincount(data.targets).tolist() == [600] * 10
+    assert np.bincount(data.test_targets).tolist() == [100] * 10
+    inputs, _ = data.batch(np.arange(10))
+    assert 0 <= inputs.min() < inputs.max() <= 1
+
+
+def test_shakespeare():
+    data = DATASETS["shakespeare"](examples_per_client=50, test_examples=100)
+    assert len(data.owners) == 422 - 42
+    assert data.owners.sizes.tolist() == [50] * 380
+    assert data.test_inputs.shape == (100, 40)
+    assert data.num_classes == 465
+    rows = data.owners["hamlet/HAMLET"] if "hamlet/HAMLET" in data.owners else data.owners.at(0)
+    inputs, targets = data.batch(rows)
+    assert inputs.shape == (50, 40)
+    # the first window of a speech holds nothing but padding and the start mark; no later one does
+    assert inputs[0, :39].sum() == 0
+    assert (targets > 0).float().mean() > 0.99  # characters outside the vocabulary are rare
+    # consecutive windows of one speech overlap: with every window kept, each shifts by one
+    dense = DATASETS["shakespeare"](examples_per_client=10**6, test_roles=421, test_examples=10)
+    inputs, targets = dense.batch(dense.owners.at(0)[:30])
+    assert torch.equal(inputs[1:, :-1], inputs[:-1, 1:])
+    assert torch.equal(inputs[1:, -1], targets[:-1])
+    with pytest.raises(RequestError, match=r"dataset_args\.window"):
+        DATASETS["shakespeare"](window=0)

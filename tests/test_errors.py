@@ -1,0 +1,206 @@
+"""Every wrong request ends in one clear line and exit status 2, before Ray starts."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from safetensors.torch import save_file
+
+from fedinit import assets
+
+RUN = {
+    "dataset": "plugged_in:gaussians",
+    "model": "plugged_in:dropout_classifier",
+    "cohort": 3,
+    "rounds": 1,
+    "workers": 1,
+}
+FASHION = {
+    "dataset": "fashion-mnist",
+    "partition": {"kind": "dirichlet", "alpha": 0.1, "clients": 10},
+    "model": "cnn",
+}
+
+CASES = {
+    "unknown key": ({"client": {"lrr": 0.1}}, ["unknown key 'client.lrr'", "mean 'client.lr'?"]),
+    "unknown top key": ({"round": 3}, ["unknown key 'round'", "mean 'rounds'?", "cohort"]),
+    "unknown grid key": ({"grid": {"client.rate": [1]}}, ["unknown key 'client.rate'"]),
+    "unknown when key": (
+        {"when": [{"match": {"servr.lr": 1}, "set": {}}]},
+        ["unknown key 'servr.lr'", "mean 'server.lr'?"],
+    ),
+    "malformed when": ({"when": [{"if": 1}]}, ["when", "match", "set"]),
+    "empty grid": ({"grid": {"seed": []}}, ["grid: seed", "list of values"]),
+    "wrong type": ({"rounds": "many"}, ["rounds", "integer", "'many'"]),
+    "float for int": ({"cohort": 2.5}, ["cohort", "integer", "2.5"]),
+    "not a mapping": ({"client": 3}, ["client", "3"]),
+    "missing key": ({"model": None}, ["model", "string"]),
+    "negative rate": ({"client": {"lr": -1}}, ["client.lr", "greater than 0", "-1"]),
+    "unknown dataset": ({"dataset": "fashion-mnits"}, ["'fashion-mnits'", "'fashion-mnist'?"]),
+    "unknown model": ({"model": "squeezenet"}, ["unknown model", "squeezenet1_1", "charrnn"]),
+    "unknown client": ({"client": {"optimizer": "sdg"}}, ["client.optimizer 'sdg'", "'sgd'?"]),
+    "unknown server": ({"server": {"optimizer": "adm"}}, ["server.optimizer 'adm'", "'adam'?"]),
+    "unknown strategy": ({"strategy": "fedpot"}, ["strategy 'fedpot'", "'fedopt'?"]),
+    "unknown loss": ({"loss": "crossentropy"}, ["loss 'crossentropy'", "'cross-entropy'?"]),
+    "unknown initialization": (
+        {"initialization": "pretraind"},
+        ["initialization 'pretraind'", "'pretrained'?"],
+    ),
+    "unknown partition": ({"partition": {"kind": "dirichelt"}}, ["partition.kind", "dirichlet"]),
+    "zero alpha": ({"partition": {"alpha": 0}}, ["partition.alpha", "greater than 0"]),
+    "negative alpha": ({"partition": {"alpha": -0.1}}, ["partition.alpha", "greater than 0"]),
+    "cohort too large": ({"cohort": 7}, ["cohort: 7", "6 clients"]),
+    "too many clients": (
+        FASHION | {"partition": {"kind": "iid", "clients": 6001}},
+        ["partition.clients: 6001", "6000 rows"],
+    ),
+    "no natural clients": (FASHION | {"partition": {"kind": "natural"}}, ["natural", "dirichlet"]),
+    "no pretrained weights": (FASHION | {"initialization": "pretrained"}, ["'cnn'", "pretrained"]),
+    "no head": (
+        {"model": "plugged_in:batch_norm_classifier", "trainable": "head"},
+        ["trainable", "head"],
+    ),
+    "nova needs fedopt": (
+        {"client": {"optimizer": "nova"}, "strategy": "flwr.serverapp.strategy:FedAvg"},
+        ["nova", "fedopt"],
+    ),
+    "stragglers reversed": ({"stragglers": {"epochs": [5, 1]}}, ["stragglers.epochs", "[5, 1]"]),
+    "no such module": ({"model": "nowhere:Model"}, ["model", "nowhere", "ModuleNotFoundError"]),
+    "no such attribute": ({"model": "plugged_in:Nothing"}, ["model", "Nothing", "AttributeError"]),
+    "unknown argument": (
+        {"dataset_args": {"client": 3}},
+        ["dataset_args", "'client'", "mean 'clients'?"],
+    ),
+    "not a dataset": ({"dataset": "plugged_in:half_squared_error"}, ["dataset", "failed"]),
+    "not a module": ({"model": "plugged_in:gaussians"}, ["model", "FederatedDataset", "Module"]),
+    "not a strategy": ({"strategy": "plugged_in:gaussians"}, ["strategy", "FederatedDataset"]),
+    "model does not fit": (
+        FASHION | {"model": "plugged_in:dropout_classifier"},
+        ["does not fit", "(1, 28, 28)"],
+    ),
+    "missing weights": (
+        {"initialization": "none.safetensors"},
+        ["none.safetensors", "no such file"],
+    ),
+    "too few CPUs": ({"workers": 999}, ["workers", "999"]),
+}
+
+
+@pytest.fixture
+def refused(fedinit, experiment, tmp_path, monkeypatch):
+    """Run a request that must be refused and return its one line."""
+
+    def no_ray(*_args, **_kwargs):
+        raise AssertionError("Ray was started for a request that is wrong")
+
+    def run(settings: dict, *arguments: str, may_start_ray: bool = False) -> str:
+        if not may_start_ray:
+            monkeypatch.setattr(ray, "init", no_ray)
+            monkeypatch.setattr("experiments.running.Workers", no_ray)
+        out = tmp_path / "out"
+        result = fedinit("run", experiment(settings), "--out", out, *arguments)
+        assert result.exit_code == 2, result.output
+        lines = result.stderr.splitlines()
+        assert len(lines) == 1, result.stderr
+        assert not result.stdout
+        assert not out.exists()
+        return lines[0]
+
+    return run
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_wrong_settings(case, refused):
+    settings, expected = CASES[case]
+    merged = {**RUN, **settings}
+    line = refused(merged, may_start_ray=case == "too few CPUs")
+    for part in expected:
+        assert part in line, line
+
+
+def test_wrong_overrides(refused):
+    assert "expected dotted.key=value" in refused(RUN, "--set", "client.lr")
+    assert "mean 'client.lr'?" in refused(RUN, "--set", "client.lt=0.1")
+    assert "not a YAML value" in refused(RUN, "--set", "client.lr=[1")
+
+
+def test_a_file_that_is_missing_or_not_yaml(fedinit, tmp_path):
+    result = fedinit("run", tmp_path / "nothing.yaml")
+    assert (result.exit_code, "No such file" in result.stderr) == (2, True)
+    result = fedinit("run", "quikstart")
+    assert (result.exit_code, "did you mean 'quickstart'?" in result.stderr) == (2, True)
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1\n")
+    result = fedinit("run", broken)
+    assert (result.exit_code, "not YAML" in result.stderr) == (2, True)
+    assert len(result.stderr.splitlines()) == 1
+    assert fedinit("report", tmp_path).exit_code == 2
+
+
+def _weights() -> dict[str, torch.Tensor]:
+    """Weights that fit `dropout_classifier(num_classes=3)`, the head included."""
+    return {
+        "0.weight": torch.ones(16, 8),
+        "0.bias": torch.ones(16),
+        "3.weight": torch.ones(3, 16),
+        "3.bias": torch.ones(3),
+    }
+
+
+def test_weights_that_do_not_fit(refused, tmp_path):
+    file = tmp_path / "w.safetensors"
+    run = RUN | {"initialization": "w.safetensors"}
+
+    save_file(_weights() | {"0.bias": torch.ones(17)}, file)
+    line = refused(run)
+    assert "'0.bias' has shape (17,), the model's is (16,)" in line
+
+    save_file({name: value for name, value in _weights().items() if name != "0.bias"}, file)
+    assert "'0.bias' is missing" in refused(run)
+
+    save_file(_weights() | {"5.bias": torch.ones(1)}, file)
+    assert "the model has no '5.bias'" in refused(run)
+
+    save_file(_weights(), file)
+    file.write_bytes(file.read_bytes()[:-10])
+    assert "not readable weights" in refused(run)
+
+
+def test_weights_that_would_run_code_are_refused_unread(refused, tmp_path):
+    class Touch:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "was-run",)
+
+    torch.save({"0.weight": Touch()}, tmp_path / "w.pt")
+    assert "not readable weights" in refused(RUN | {"initialization": "w.pt"})
+    assert not (tmp_path / "was-run").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "corrupt"])
+def test_damaged_embedded_files(damage, refused, tmp_path, monkeypatch):
+    folder = tmp_path / "assets"
+    shutil.copytree(assets.FOLDER, folder)
+    name = "fashion-mnist-train.parquet"
+    if damage == "missing":
+        (folder / name).unlink()
+    else:
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+    assets.asset.cache_clear()
+    monkeypatch.setattr(assets, "FOLDER", folder)
+    line = refused(RUN | FASHION)
+    assert name in line
+    assert ("No such file" if damage == "missing" else "corrupt") in line
+    assets.asset.cache_clear()
+
+
+def test_results_are_never_overwritten(fedinit, experiment, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    result = fedinit("run", experiment(RUN), "--out", out)
+    assert (result.exit_code, "--resume" in result.stderr) == (2, True)
+    assert [each.name for each in out.iterdir()] == ["thesis.txt"]

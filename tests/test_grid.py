@@ -1,0 +1,152 @@
+"""RayGrid with a ClientApp that is not ours, and the sums it keeps."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedinit.cohort import CohortSums
+from fedinit.parameters import Array, Layout
+from fedinit.simulation import ClientError, RayGrid, Workers
+from fedinit.simulation.ray_grid import assign
+
+
+def counting_app() -> ClientApp:
+    """Adds the client's number to w, and counts its own rounds in its state."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        client = int(context.node_config["partition-id"])
+        if message.content["config"].get("fail-at") == client:
+            raise ValueError("out of luck")
+        seen = int(context.state.metric_records.get("seen", {"rounds": 0})["rounds"]) + 1
+        context.state["seen"] = MetricRecord({"rounds": seen})
+        arrays = message.content.array_records["arrays"]
+        w = arrays.pop("w").numpy() + client  # consumes its message: the next client's is whole
+        reply = ArrayRecord()
+        reply["w"] = Array(w)
+        metrics = MetricRecord({"num-examples": client + 1, "seen": seen})
+        return Message(RecordDict({"arrays": reply, "metrics": metrics}), reply_to=message)
+
+    return app
+
+
+def layout() -> Layout:
+    return Layout({"w": (3,)}, ("w",))
+
+
+@pytest.fixture(scope="module")
+def workers(ray_started):
+    with Workers(3, import_path=[str(Path(__file__).parent)]) as started:
+        yield started
+
+
+def train_messages(nodes: list[int], **config: int) -> list[Message]:
+    arrays = ArrayRecord()
+    arrays["w"] = Array(np.array([1.0, 2.0, 3.0]))
+    content = RecordDict({"arrays": arrays, "config": ConfigRecord(dict(config))})
+    return [Message(content, dst_node_id=node, message_type="train") for node in nodes]
+
+
+def test_one_reply_for_each_client_and_states_that_persist(workers):
+    grid = RayGrid(workers, counting_app, num_clients=5)
+    assert list(grid.get_node_ids()) == [0, 1, 2, 3, 4]
+    for nodes, seen in (([4, 0, 2], [1, 1, 1]), ([2, 3], [2, 1]), ([2, 0], [2, 3])):
+        replies = list(grid.send_and_receive(train_messages(nodes)))
+        assert [reply.metadata.src_node_id for reply in replies] == sorted(nodes)
+        for reply, count in zip(replies, seen, strict=True):
+            node = reply.metadata.src_node_id
+            assert reply.content["metrics"]["seen"] == count
+            assert reply.content["arrays"]["w"].numpy().tolist() == [1 + node, 2 + node, 3 + node]
+    assert grid.take_sums() is None  # nothing is measured without a layout
+
+
+def test_workers_reduce_to_the_weighted_mean(workers):
+    """Clients 0, 1, 3 add their number with weights 1, 2, 4: the mean update is -14/7 = -2.
+
+    S = -4 (1, 1, 1), Q = 3 (0 + 1 + 9) = 30, so diversity 30 / 48; client 0 does not move; the two
+    others point the same way.
+    """
+    grid = RayGrid(workers, counting_app, num_clients=5, layout=layout(), reduce=torch.float64)
+    replies = list(grid.send_and_receive(train_messages([0, 1, 3])))
+    assert len(replies) == 3  # three workers, one client each
+    examples = [reply.content["metrics"]["num-examples"] for reply in replies]
+    assert sum(examples) == 7
+    sums = grid.take_sums()
+    assert sums.clients == 3
+    assert sums.mean_update().tolist() == pytest.approx([-2, -2, -2])
+    assert sums.gradient_diversity() == pytest.approx(30 / 48)
+    assert sums.mean_pairwise_cosine() == pytest.approx(1)
+    assert grid.take_sums() is None
+    many = list(grid.send_and_receive(train_messages([0, 1, 2, 3, 4])))
+    assert len(many) == 3
+    total = sum(each.content["metrics"]["num-examples"] for each in many)
+    mean = sum(
+        each.content["arrays"]["w"].numpy() * each.content["metrics"]["num-examples"]
+        for each in many
+    )
+    assert (mean / total).tolist() == pytest.approx([1 + 40 / 15, 2 + 40 / 15, 3 + 40 / 15])
+
+
+def test_a_failing_client_is_named(workers):
+    grid = RayGrid(workers, counting_app, num_clients=5)
+    with pytest.raises(ClientError, match=r"client 3 failed to train: ValueError: out of luck"):
+        grid.send_and_receive(train_messages([1, 3], **{"fail-at": 3}))
+
+
+def test_push_and_pull(workers):
+    grid = RayGrid(workers, counting_app, num_clients=5)
+    ids = list(grid.push_messages(train_messages([1, 4])))
+    replies: list[Message] = []
+    deadline = time.monotonic() + 30
+    while len(replies) < 2 and time.monotonic() < deadline:
+        replies += grid.pull_messages(ids)
+    assert {reply.metadata.reply_to_message_id for reply in replies} == set(ids)
+    assert list(grid.pull_messages(ids)) == []
+    with pytest.raises(ValueError, match=r"distinct nodes of 0\.\.4"):
+        grid.push_messages(train_messages([5]))
+
+
+def test_shares_are_balanced_longest_first():
+    assert assign([1, 1, 1, 1], 2) == [[0, 2], [1, 3]]
+    assert assign([1, 9, 1, 4, 4], 2) == [[1, 2], [0, 3, 4]]  # 9 + 1 and 4 + 4 + 1
+    assert assign([5], 3) == [[0], [], []]
+    assert assign([], 2) == [[], []]
+
+
+def test_measurements_of_known_updates():
+    """Identical, orthogonal, opposite and zero updates, and one client, by hand."""
+
+    def sums(*updates: list[float]) -> CohortSums:
+        total = CohortSums(layout())
+        for update in updates:
+            arrays = ArrayRecord()
+            arrays["w"] = Array(-np.array(update))
+            reply = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1})})
+            total.add(torch.zeros(3, dtype=torch.float64), reply)
+        return total
+
+    same = sums([1, 2, 2], [1, 2, 2], [1, 2, 2])
+    assert same.gradient_diversity() == pytest.approx(1 / 3)
+    assert same.mean_pairwise_cosine() == pytest.approx(1)
+    orthogonal = sums([3, 0, 0], [0, 4, 0])
+    assert orthogonal.gradient_diversity() == pytest.approx(1)
+    assert orthogonal.mean_pairwise_cosine() == pytest.approx(0)
+    opposite = sums([1, 0, 0], [-1, 0, 0])
+    assert opposite.gradient_diversity() == np.inf
+    assert opposite.mean_pairwise_cosine() == pytest.approx(-1)
+    with_zero = sums([1, 0, 0], [0, 0, 0], [0, 2, 0])
+    assert with_zero.gradient_diversity() == pytest.approx(1)
+    assert with_zero.mean_pairwise_cosine() == pytest.approx(0)
+    assert sums([1, 1, 1]).gradient_diversity() == pytest.approx(1)
+    assert np.isnan(sums([1, 1, 1]).mean_pairwise_cosine())
+    assert np.isnan(sums([0, 0, 0]).gradient_diversity())
+    merged = sums([3, 0, 0])
+    merged.merge(sums([0, 4, 0]))
+    assert merged.gradient_diversity() == orthogonal.gradient_diversity()
+    assert merged.mean_update().tolist() == [1.5, 2, 0]

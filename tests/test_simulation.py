@@ -1,0 +1,174 @@
+"""The same numbers whoever does the work; Flower's own strategies and a user's."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+GAUSSIANS = {
+    "dataset": "plugged_in:gaussians",
+    "model": "plugged_in:dropout_classifier",
+    "client": {"lr": 0.1, "epochs": 2, "batch_size": 8},
+    "stragglers": {"fraction": 0.5, "epochs": [2, 4]},
+    "cohort": 4,
+    "rounds": 4,
+    "evaluate_every": 2,
+    "workers": 2,
+}
+
+
+def numbers(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "wall_seconds"} for line in lines]
+
+
+def difference(first: Path, second: Path) -> float:
+    a, b = (load_file(each / "final.safetensors") for each in (first, second))
+    assert a.keys() == b.keys()
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
+@pytest.mark.parametrize("client", ["sgd", "mimelite"])
+def test_the_same_seed_gives_the_same_bits(client, finals):
+    """Twice with 2 workers: bit-identical. With 1 and 3: the same cohorts, weights to 1e-5."""
+    settings = GAUSSIANS | {
+        "client": GAUSSIANS["client"] | {"optimizer": client},
+        "server": {"optimizer": "adam", "lr": 0.1},
+    }
+    (one,) = finals(settings, "one").values()
+    (again,) = finals(settings, "again").values()
+    assert (one / "final.safetensors").read_bytes() == (again / "final.safetensors").read_bytes()
+    assert numbers(one) == numbers(again)
+    for workers in (1, 3):
+        (other,) = finals(settings | {"workers": workers}, f"{workers} workers").values()
+        assert difference(one, other) < 1e-5
+        for ours, theirs in zip(numbers(one), numbers(other), strict=True):
+            assert ours.get("examples") == theirs.get("examples")
+            assert ours == pytest.approx(theirs, abs=1e-5, nan_ok=True)
+
+
+def test_another_seed_gives_another_run(finals):
+    runs = finals(GAUSSIANS | {"grid": {"seed": [0, 1]}})
+    first, second = runs.values()
+    assert [x.get("examples") for x in numbers(first)] != [
+        x.get("examples") for x in numbers(second)
+    ]
+
+
+def test_arms_of_a_pair_meet_the_same_clients(finals):
+    """Cohorts depend on seed and round alone: every arm sees the same examples each round."""
+    arms = finals(
+        GAUSSIANS | {"grid": {"server.optimizer": ["sgd", "adam"], "client.lr": [0.1, 0.2]}}
+    )
+    seen = {tuple(line.get("examples", 0) for line in numbers(each)) for each in arms.values()}
+    assert len(arms) == 4
+    assert len(seen) == 1
+    assert len(set(seen.pop())) > 2
+
+
+def test_a_client_by_client_reduction_equals_the_workers(finals):
+    """`reduce: client` sends every reply to the strategy; the mean is the same."""
+    runs = finals(GAUSSIANS | {"grid": {"reduce": ["worker", "client"]}})
+    assert difference(*runs.values()) < 1e-6
+    for one, other in zip(*map(numbers, runs.values()), strict=True):
+        assert one == pytest.approx(other, abs=1e-6, nan_ok=True)
+
+
+def test_flowers_own_strategies_and_a_users(finals):
+    """FedAvg equals FedOpt with sgd; its reduction may be done in the workers; the others run.
+
+    HalfStep goes half of FedAvg's way: with one round, x + (FedAvg's x' - x) / 2.
+    """
+    names = [
+        "fedopt",
+        *(f"flwr.serverapp.strategy:{name}" for name in ("FedAvg", "FedMedian", "Krum")),
+    ]
+    full = GAUSSIANS | {"cohort": 6, "server": {"lr": 1.0}}
+    runs = finals(full | {"grid": {"strategy": [*names, "plugged_in:HalfStep"]}, "rounds": 1})
+    ours, average, median, krum, half = (
+        runs[f"strategy={name}"]
+        for name in ("fedopt", *(n.replace(":", "_") for n in names[1:]), "plugged_in_HalfStep")
+    )
+    assert difference(ours, average) < 1e-6
+    for other in (median, krum, half):
+        assert difference(ours, other) > 1e-4
+        assert numbers(other)[1]["cohort_size"] == 6
+        assert numbers(other)[1]["gradient_diversity"] == pytest.approx(
+            numbers(ours)[1]["gradient_diversity"], abs=1e-6
+        )
+    (reduced,) = finals(
+        full | {"strategy": names[1], "reduce": "worker", "rounds": 1}, "reduced"
+    ).values()
+    assert difference(average, reduced) < 1e-6
+    (start,) = finals(full | {"client": {"lr": 1e-30}, "rounds": 1}, "start").values()
+    x, whole, halfway = (load_file(each / "final.safetensors") for each in (start, average, half))
+    for name in x:
+        assert halfway[name] == pytest.approx((x[name] + whole[name]) / 2, abs=1e-6)
+
+
+def test_the_cohort_of_flowers_strategies_is_the_runs(finals):
+    (run,) = finals(
+        GAUSSIANS | {"strategy": "flwr.serverapp.strategy:FedAvg", "cohort": 3}
+    ).values()
+    assert [line.get("cohort_size") for line in numbers(run)] == [None, 3, 3, 3, 3]
+
+
+def test_a_server_optimizer_never_touches_buffers(finals):
+    """Float buffers take the weighted mean, integer ones are copied, whatever the server optimizer.
+
+    One client of n rows in ceil(n / 8) batches, two epochs: num_batches_tracked counts them. With
+    one client in the cohort the running variance is that client's, the same under sgd and adam.
+    """
+    run = GAUSSIANS | {
+        "model": "plugged_in:batch_norm_classifier",
+        "cohort": 1,
+        "rounds": 1,
+        "stragglers": {"fraction": 0.0},
+        "grid": {"server.optimizer": ["sgd", "adam"]},
+    }
+    sgd, adam = (load_file(each / "final.safetensors") for each in finals(run).values())
+    (examples,) = {line["examples"] for line in numbers(next(iter(finals(run, "2").values())))[1:]}
+    for weights in (sgd, adam):
+        assert weights["1.num_batches_tracked"] == 2 * -(-examples // 8)
+        assert weights["1.running_var"].min() > 0
+    assert torch.equal(sgd["1.running_var"], adam["1.running_var"])
+    assert not torch.equal(sgd["0.weight"], adam["0.weight"])
+
+
+def test_training_the_head_alone(finals):
+    runs = finals(GAUSSIANS | {"grid": {"trainable": ["all", "head"]}})
+    whole, head = (
+        load_file(runs[f"trainable={each}"] / "final.safetensors") for each in ("all", "head")
+    )
+    (start,) = finals(GAUSSIANS | {"client": {"lr": 1e-30}}, "start").values()
+    fresh = load_file(start / "final.safetensors")
+    assert torch.equal(head["0.weight"], fresh["0.weight"])
+    assert not torch.equal(head["3.weight"], fresh["3.weight"])
+    assert not torch.equal(whole["0.weight"], fresh["0.weight"])
+
+
+def test_resume_repeats_nothing_that_is_done(fedinit, experiment, ray_started, tmp_path):
+    file, out = experiment(GAUSSIANS | {"grid": {"seed": [0, 1]}}), tmp_path / "out"
+    assert fedinit("run", file, "--out", out).exit_code == 0
+    kept = out / "seed=0" / "final.safetensors"
+    kept_time, kept_bytes = kept.stat().st_mtime_ns, kept.read_bytes()
+    lost = out / "seed=1" / "final.safetensors"
+    lost_bytes = lost.read_bytes()
+    lost.unlink()
+    assert fedinit("run", file, "--out", out, "--resume").exit_code == 0
+    assert (kept.stat().st_mtime_ns, kept.read_bytes()) == (kept_time, kept_bytes)
+    assert lost.read_bytes() == lost_bytes
+    changed = fedinit("run", file, "--out", out, "--resume", "--set", "client.lr=0.3")
+    assert (changed.exit_code, "other settings" in changed.stderr) == (2, True)
+
+
+def test_a_run_that_diverges_fails_and_the_others_go_on(fedinit, experiment, ray_started, tmp_path):
+    file = experiment(GAUSSIANS | {"grid": {"client.lr": [1e30, 0.1]}})
+    result = fedinit("run", file, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [row["status"] for row in summary["runs"]] == ["failed", "done"]
+    assert "not finite in round" in summary["runs"][0]["error"]
+    assert (tmp_path / "out" / "report.html").exists()
