@@ -56,10 +56,9 @@ def superlink(tmp_path):
 @pytest.mark.parametrize("strategy", ["fedopt", "flwr.serverapp.strategy:FedAvg"])
 def test_flowers_runtime_gives_the_same_weights(strategy, superlink, finals, tmp_path):
     """FedAvg, three rounds, every client, a real CNN on real images: `flwr run .` and RayGrid."""
-    # a small rate: Flower sums float32 replies in the order of their arrival, and training amplifies
-    settings = (
-        f"strategy={strategy}; partition.clients=8; cohort=8; client={{lr: 0.01, batch_size: 64}}"
-    )
+    # A small rate: Flower sums float32 replies as they arrive, and training amplifies what differs.
+    client = "client={lr: 0.01, batch_size: 64}"
+    settings = f"strategy={strategy}; partition.clients=8; cohort=8; {client}"
     flower = tmp_path / "flower"
     command = ["flwr", "run", ".", "--stream"]
     command += ["--federation-config", "num-supernodes=8 client-resources-num-cpus=1"]
