@@ -125,7 +125,7 @@ def _sgd_step(training: LocalTraining, mu: float = 0.0) -> Callable[[], None]:
     torch.optim.SGD does the same; its bookkeeping is 5% of a small model's step.
     """
     settings, workspace = training.run.client, training.workspace
-    anchors = workspace.layout.views(workspace.start)
+    anchors = workspace.layout.views(workspace.start) if mu else []
     velocities: dict[int, Tensor] = {}
 
     @torch.no_grad()

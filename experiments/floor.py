@@ -87,7 +87,7 @@ def _bare_worker(pipe: Connection, barrier: Barrier, x: Tensor, total: Tensor) -
         total.zero_()
         for client in share:
             flat.copy_(x)
-            rows = slice(client * EXAMPLES, (client + 1) * EXAMPLES)
+            rows = client * EXAMPLES + torch.randperm(EXAMPLES)
             loss = functional.cross_entropy(model(data.inputs[rows]), data.targets[rows])
             gradients = torch.autograd.grad(loss, parameters)
             with torch.no_grad():

@@ -33,7 +33,6 @@ class CohortSums:
         self.moved = 0  # clients whose update is not zero
         self.squared_norms = 0.0  # Q = sum ||D_i||^2
         size = sum(layout.sizes)
-        self._update = torch.empty(size, dtype=torch.float64)
         self.total = torch.zeros(size, dtype=torch.float64)  # S = sum D_i
         # sum n_i D_i = n_1 S + sum (n_i - n_1) D_i: the last sum costs nothing while clients are
         # alike, and a vector's pass through memory is what a small client's update waits for.
@@ -53,7 +52,7 @@ class CohortSums:
         metrics: dict[str, Any] = dict(reply[METRICS])
         examples = float(metrics.pop(NUM_EXAMPLES))
         arrays: ArrayRecord = reply[ARRAYS]  # type: ignore[assignment]
-        update = torch.sub(start, self.layout.flatten(arrays), out=self._update)
+        update = start - self.layout.flatten(arrays)
         if not self.clients:
             self.first_examples = examples
         self.clients += 1
@@ -62,11 +61,11 @@ class CohortSums:
         if examples != self.first_examples:
             self._add_unequal(update, examples - self.first_examples)
         if self.alignment:
-            squared_norm = torch.dot(update, update).item()
-            self.squared_norms += squared_norm
-            if squared_norm > 0:
+            norm = torch.linalg.vector_norm(update, dtype=torch.float64).item()
+            self.squared_norms += norm**2
+            if norm > 0:
                 self.moved += 1
-                self.directions.add_(update, alpha=squared_norm**-0.5)
+                self.directions.add_(update, alpha=1 / norm)
         self._accumulate(self.rest, self.layout.rest(arrays), examples)
         for name, record in reply.array_records.items():
             if name != ARRAYS:
@@ -112,13 +111,14 @@ class CohortSums:
 
     def __getstate__(self) -> dict[str, Any]:
         # As ndarrays the vectors travel through shared memory; as tensors they would be copied.
-        state = self.__dict__ | {"_update": None}
-        return {k: v.numpy() if isinstance(v, Tensor) else v for k, v in state.items()}
+        return {
+            name: value.numpy() if isinstance(value, Tensor) else value
+            for name, value in self.__dict__.items()
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             self.__dict__[name] = torch.tensor(value) if isinstance(value, np.ndarray) else value
-        self._update = torch.empty_like(self.total)
 
     def mean_update(self) -> Tensor:
         """D = sum n_i D_i / sum n_i, in float64."""

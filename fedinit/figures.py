@@ -229,9 +229,7 @@ def _svg(measure: str, lines: list[Line], style: _Style) -> str:
     height = 0.35 + 1.95 * len(panels) + 0.2 * (bool(style.title) + -(-len(handles) // columns))
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": measure}):
         figure = Figure(figsize=(4.2, height), layout="constrained")
-        axes = figure.subplots(
-            len(panels), squeeze=False, sharex=True, sharey=measure == "test_accuracy"
-        )[:, 0]
+        axes = figure.subplots(len(panels), squeeze=False, sharey=measure == "test_accuracy")[:, 0]
         for panel, ax in zip(panels, axes, strict=True):
             _draw_panel(ax, [line for line in lines if line.panel == panel], style)
             ax.set_title(panel)

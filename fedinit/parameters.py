@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -134,10 +135,17 @@ class Layout:
         return [prod(self.shapes[name]) for name in self.trainable]
 
     @cached_property
+    def _places(self) -> dict[str, slice]:
+        ends = list(accumulate(self.sizes))
+        return {
+            name: slice(end - size, end)
+            for name, size, end in zip(self.trainable, self.sizes, ends, strict=True)
+        }
+
+    @cached_property
     def fixed(self) -> list[str]:
         """The names outside the vector: frozen parameters and buffers."""
-        trainable = set(self.trainable)
-        return [name for name in self.shapes if name not in trainable]
+        return [name for name in self.shapes if name not in self._places]
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Split a flat vector into views of the trainable arrays' shapes."""
@@ -162,11 +170,11 @@ class Layout:
 
     def record(self, flat: Tensor, rest: Mapping[str, Tensor]) -> ArrayRecord:
         """Build the record of a flat vector and the arrays outside it; both are shared with it."""
-        views = dict(zip(self.trainable, self.views(flat), strict=True))
-        record = ArrayRecord()
-        for name in self.shapes:
-            value = views[name] if name in views else rest[name]
-            flwr.app.ArrayRecord.__setitem__(record, name, Array(value.numpy()))
+        values, record = flat.numpy(), ArrayRecord()
+        for name, shape in self.shapes.items():
+            place = self._places.get(name)
+            value = rest[name].numpy() if place is None else values[place].reshape(shape)
+            flwr.app.ArrayRecord.__setitem__(record, name, Array(value))
         record.flat, record._parts = flat, (self, flat, dict(rest))
         return record
 
