@@ -43,6 +43,8 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
     def train(message: Message, context: Context) -> Message:
         workspace.load(message.content[ARRAYS])  # type: ignore[arg-type]
         config = _config(message)
+        if "server-round" not in config:
+            raise ValueError("the message's config has no 'server-round', which keys the shuffles")
         training = LocalTraining(workspace, run, int(config["server-round"]), _client(context))
         state = message.content.array_records.get(SERVER_STATE)
         server = None if state is None else ServerState(base_optimizer, state)

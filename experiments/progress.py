@@ -37,6 +37,10 @@ class Progress:
             since = time.perf_counter()
             yield lambda line: self._plain(line, rounds, since)
 
+    def note(self, text: str) -> None:
+        """Say what is going on."""
+        self._say(text)
+
     def failed(self, label: str, reason: str) -> None:
         """Say that a run failed, and why."""
         self._console.print(f"[red]failed[/] {escape(label)}: {escape(reason)}", highlight=False)

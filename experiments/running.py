@@ -55,6 +55,10 @@ def run_experiment(
                 f"{error} (run {label})" if experiment.varied else str(error)
             ) from None
 
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"--out {out}: {error.strerror}") from None
     logging.getLogger("flwr").setLevel(logging.ERROR)
     todo = {
         label: run
@@ -63,6 +67,7 @@ def run_experiment(
     }
     for setting in dict.fromkeys(run.workers for run in todo.values()):
         alike = {label: run for label, run in todo.items() if run.workers == setting}
+        progress.note("starting the workers")
         with Workers(
             number=None if setting == "auto" else setting,
             most=max(run.cohort for run in alike.values()),

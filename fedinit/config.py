@@ -164,7 +164,7 @@ def load_experiment(path: Path, overrides: Iterable[str] = ()) -> Experiment:
             fixed[key] = parse_value(text)
 
     name = raw.pop("name", path.stem)
-    if not isinstance(name, str) or _slug(name) != name:
+    if not isinstance(name, str) or _slug(name) != name or not name.strip("."):
         raise RequestError(f"{path}: name: letters, digits and . _ = , - only, got {name!r}")
     try:
         return _spell_out(name, path.resolve().parent, raw, fixed)
@@ -258,13 +258,13 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise RequestError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RequestError(f"{path} is not YAML: {_line(error)}") from None
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+    if not _is_settings(content):
         raise RequestError(f"{path}: expected `key: value` settings at the top level")
     return content
 
 
 def _check_grid(grid: Any) -> None:
-    if not isinstance(grid, dict):
+    if not _is_settings(grid):
         raise RequestError(f"grid: expected `dotted.key: [values]`, got {grid!r}")
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
@@ -272,16 +272,17 @@ def _check_grid(grid: Any) -> None:
 
 
 def _check_when(when: Any) -> None:
-    rules = when if isinstance(when, list) else [when]
-    for rule in rules:
-        parts = rule.values() if isinstance(rule, dict) else ()
-        if not (isinstance(rule, dict) and set(rule) == {"match", "set"}) or not all(
-            isinstance(part, dict) for part in parts
-        ):
+    for rule in when if isinstance(when, list) else [when]:
+        good = isinstance(rule, dict) and set(rule) == {"match", "set"}
+        if not (isinstance(when, list) and good and all(_is_settings(x) for x in rule.values())):
             raise RequestError(
                 "when: expected a list of {match: {dotted key: value}, set: {dotted key: value}}, "
                 f"got {rule!r}"
             )
+
+
+def _is_settings(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
 def _explain(error: ValidationError) -> RequestError:
