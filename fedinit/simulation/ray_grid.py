@@ -68,6 +68,8 @@ class Workers:
                 raise RequestError(f"--address {address}: Ray did not start: {reason}") from None
         cpus = int(ray.cluster_resources().get("CPU", 1))
         if number is not None and number > cpus:
+            if self._started:
+                ray.shutdown()
             raise RequestError(f"workers: {number} workers, but Ray has {cpus} CPUs")
         self.number = number or max(1, min(cpus, most or cpus))
         actor = ray.remote(Worker).options(num_cpus=1, runtime_env={"env_vars": _ENVIRONMENT})
