@@ -45,6 +45,7 @@ def run_experiment(
     Raises:
         RequestError: any run's request is wrong, or `out` holds something else. Nothing is written.
     """
+    logging.getLogger("flwr").setLevel(logging.ERROR)
     _check_folder(experiment, out, resume)
     datasets = Datasets()
     for label, run in experiment.runs.items():
@@ -59,7 +60,6 @@ def run_experiment(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"--out {out}: {error.strerror}") from None
-    logging.getLogger("flwr").setLevel(logging.ERROR)
     todo = {
         label: run
         for label, run in experiment.runs.items()
