@@ -70,7 +70,7 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
 
     @app.evaluate("test")
     def evaluate_test(message: Message, _context: Context) -> Message:
-        config, rows = _config(message), len(problem.dataset.test_inputs)
+        config, rows = _config(message), problem.dataset.test_size
         part, parts = int(config["part"]), int(config["parts"])
         first, last = rows * part // parts, rows * (part + 1) // parts
         size = _EVALUATION_BATCH

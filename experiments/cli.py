@@ -1,16 +1,19 @@
-"""The command line: fedinit run, report, list."""
+"""The command line: fedinit run, tune, report, list."""
 
 import sys
 import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from fedinit.errors import RequestError, unknown
+
+if TYPE_CHECKING:
+    from fedinit.experiment_file import Experiment
 
 EXPERIMENTS = Path(__file__).parent
 WRONG_REQUEST = 2
@@ -40,30 +43,41 @@ def _one_line(command: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+File = Annotated[
+    str, typer.Argument(metavar="FILE|NAME", help="An experiment file, or one of ours by name.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a setting: client.lr=0.1; an axis: grid.seed=[0,1]. Repeatable.",
+    ),
+]
+Preset = Annotated[
+    str | None, typer.Option(metavar="NAME", help="One of the file's presets; default: its first.")
+]
+Out = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Results folder; default: results/NAME-TIME.")
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue in DIR: what is done there is kept.")
+]
+Address = Annotated[str | None, typer.Option(help="Join a running Ray cluster, e.g. auto.")]
+
+
 @app.command()
 @_one_line
 def run(
-    experiment: Annotated[
-        str, typer.Argument(metavar="FILE|NAME", help="An experiment file, or one of ours by name.")
-    ],
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Override a setting: client.lr=0.1; an axis: grid.seed=[0,1]. Repeatable.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Results folder; default: results/NAME-TIME."),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue in DIR: runs that are done are kept.")
+    experiment: File,
+    settings: Settings = None,
+    preset: Preset = None,
+    out: Out = None,
+    resume: Resume = False,
+    address: Address = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list the runs and what they cost.")
     ] = False,
-    address: Annotated[
-        str | None, typer.Option(help="Join a running Ray cluster, e.g. auto.")
-    ] = None,
 ) -> None:
     """Carry out an experiment and write its results, figures and report page.
 
@@ -71,20 +85,41 @@ def run(
     """
     from experiments.progress import Progress
     from experiments.running import run_experiment
-    from fedinit.config import load_experiment
-    from fedinit.registry import add_to_path
-    from fedinit.report import console_table, write_report
 
     console = Console()
-    loaded = load_experiment(find_experiment(experiment), settings or [])
-    add_to_path([str(loaded.folder)])
-    folder = out or Path("results") / f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    loaded = _load(experiment, settings, preset)
+    if dry_run:
+        from experiments.dry_run import cost_table
+
+        console.print(cost_table(loaded))
+        return
     progress = Progress(console, len(loaded.runs))
+    folder = out or _new_folder(loaded.name)
     summary = run_experiment(loaded, folder, progress, resume, address)
-    console.print(console_table(summary))
-    console.print(f"report: {write_report(folder)}", markup=False, highlight=False, soft_wrap=True)
+    _show(console, folder, summary)
     if any(row["status"] != "done" for row in summary["runs"]):
         raise typer.Exit(1)
+
+
+@app.command()
+@_one_line
+def tune(
+    experiment: File,
+    settings: Settings = None,
+    preset: Preset = None,
+    out: Out = None,
+    resume: Resume = False,
+    address: Address = None,
+) -> None:
+    """Search each arm's rates on held-out training examples; write DIR/rates.yaml."""
+    from experiments import tuning
+    from experiments.progress import Progress
+
+    console = Console()
+    loaded = _load(experiment, settings, preset)
+    progress = Progress(console, len(loaded.runs))
+    rates = tuning.tune(loaded, out or _new_folder(loaded.name), progress, resume, address)
+    console.print(f"rates: {rates}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -93,12 +128,9 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A results folder.")],
 ) -> None:
     """Make the figures and the report page of a results folder again."""
-    from fedinit.report import console_table, write_report
     from fedinit.results import read_summary
 
-    console = Console()
-    console.print(console_table(read_summary(folder)))
-    console.print(f"report: {write_report(folder)}", markup=False, highlight=False, soft_wrap=True)
+    _show(Console(), folder, read_summary(folder))
 
 
 @app.command(name="list")
@@ -110,6 +142,34 @@ def list_names() -> None:
     console = Console()
     for table in tables():
         console.print(table)
+
+
+def _load(experiment: str, settings: list[str] | None, preset: str | None) -> "Experiment":
+    from fedinit.experiment_file import load_experiment
+    from fedinit.registry import add_to_path
+
+    loaded = load_experiment(find_experiment(experiment), settings or [], preset)
+    add_to_path([str(loaded.folder)])
+    return loaded
+
+
+def _show(console: Console, folder: Path, summary: dict[str, Any]) -> None:
+    """Print the table of a results folder and what it says, and write its page."""
+    from experiments.studies import find
+    from fedinit.report import console_table, write_report
+
+    def say(text: object) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    console.print(console_table(summary))
+    finding = find(folder, summary)
+    if finding is not None:
+        say(finding.sentence)
+    say(f"report: {write_report(folder, finding)}")
+
+
+def _new_folder(name: str) -> Path:
+    return Path("results") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def find_experiment(name: str) -> Path:

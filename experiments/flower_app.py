@@ -17,8 +17,8 @@ from flwr.serverapp import Grid, ServerApp
 from experiments.cli import find_experiment
 from experiments.running import execute
 from experiments.wiring import Datasets, Simulation, client_app, simulation
-from fedinit.config import load_experiment
 from fedinit.errors import RequestError
+from fedinit.experiment_file import Experiment, load_experiment
 from fedinit.registry import add_to_path
 from fedinit.results import RunFolder, summarize
 from fedinit.simulation.observed_grid import ObservedGrid
@@ -37,7 +37,7 @@ def main(grid: Grid, context: Context) -> None:
     execute(
         prepared, observed, RunFolder(out / "run"), lambda _line: None
     )  # Flower logs each round
-    summarize(out, "run", [], {"run": prepared.run})
+    summarize(out, Experiment(name="run", folder=out, varied=[], runs={"run": prepared.run}))
 
 
 @client.train()

@@ -1,5 +1,6 @@
 """What `fedinit list` shows: every name that an experiment file can use."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from rich.table import Table
 
 from clients import CLIENT_OPTIMIZERS
 from clients.client_optimizers import NEED_FEDOPT
+from experiments.studies import STUDIES
 from experiments.wiring import STRATEGIES
 from fedinit.data import DATASETS, PARTITIONS
 from fedinit.models import MODELS
@@ -61,6 +63,7 @@ def tables() -> Iterator[Table]:
         },
     )
     yield _table("loss", {name: (_about(each), "integer targets") for name, each in LOSSES.items()})
+    yield _table("study", {name: (_about_module(each), "") for name, each in STUDIES.items()})
     files = sorted(Path(__file__).parent.glob("*.yaml"))
     yield _table("experiment", {file.stem: (_first_comment(file), "") for file in files})
 
@@ -76,6 +79,10 @@ def _table(kind: str, rows: dict[str, tuple[str, str]], third: str = "needs") ->
 
 def _about(function: Callable[..., Any]) -> str:
     return (function.__doc__ or "").strip().splitlines()[0]
+
+
+def _about_module(function: Callable[..., Any]) -> str:
+    return (sys.modules[function.__module__].__doc__ or "").splitlines()[0]
 
 
 def _first_comment(file: Path) -> str:

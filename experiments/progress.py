@@ -24,18 +24,26 @@ class Progress:
     @contextmanager
     def run(self, label: str, rounds: int, initialization: str) -> Iterator[Report]:
         """Show one run; the yielded function takes each round's line."""
-        self._begun += 1
-        self._console.print(
-            f"[{self._begun}/{self._runs}] {label}", markup=False, highlight=False, soft_wrap=True
-        )
-        self._console.print(f"  {initialization}", markup=False, highlight=False, soft_wrap=True)
+        self._begin(label)
+        self._say(f"  {initialization}")
         if self._console.is_terminal:
-            with self._bar() as bar:
+            with self._bar("round") as bar:
                 task = bar.add_task("", total=rounds, score="")
                 yield lambda line: self._live(line, bar, task)
         else:
             since = time.perf_counter()
             yield lambda line: self._plain(line, rounds, since)
+
+    @contextmanager
+    def arm(self, label: str, trials: int) -> Iterator[Callable[[int, str], None]]:
+        """Show one arm's search; the yielded function takes each trial's number and outcome."""
+        self._begin(label)
+        if self._console.is_terminal:
+            with self._bar("trial") as bar:
+                task = bar.add_task("", total=trials, score="")
+                yield lambda done, text: bar.update(task, completed=done, score=text)
+        else:
+            yield lambda done, text: self._say(f"  trial {done}/{trials}  {text}")
 
     def note(self, text: str) -> None:
         """Say what is going on."""
@@ -45,9 +53,13 @@ class Progress:
         """Say that a run failed, and why."""
         self._console.print(f"[red]failed[/] {escape(label)}: {escape(reason)}", highlight=False)
 
-    def _bar(self) -> Bar:
+    def _begin(self, label: str) -> None:
+        self._begun += 1
+        self._say(f"[{self._begun}/{self._runs}] {label}")
+
+    def _bar(self, unit: str) -> Bar:
         return Bar(
-            TextColumn("  round"),
+            TextColumn(f"  {unit}"),
             MofNCompleteColumn(),
             BarColumn(),
             TextColumn("{task.fields[score]}"),

@@ -5,6 +5,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,20 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 
 from experiments.progress import Progress
+from experiments.studies import check_study
 from experiments.wiring import Datasets, Simulation, simulation
 from fedinit.cohort import ARRAYS, METRICS, CohortSums
-from fedinit.config import Experiment, Run, to_yaml
+from fedinit.config import to_yaml
 from fedinit.errors import RequestError
+from fedinit.experiment_file import Experiment
+from fedinit.measurements.hessian import top_hessian_eigenvalues
+from fedinit.randomness import Draw, keyed
 from fedinit.results import RunFolder, summarize
 from fedinit.simulation import Workers
 
 _NO_TIMEOUT = 1e8  # seconds; a slow round is no reason to drop its clients
+_HESSIAN_BATCH = 128  # rows of one Hessian-vector product at a time
+_HESSIAN_TOLERANCE = 1e-3  # of the eigenvalues, relative
 
 
 def run_experiment(
@@ -46,6 +53,7 @@ def run_experiment(
         RequestError: any run's request is wrong, or `out` holds something else. Nothing is written.
     """
     logging.getLogger("flwr").setLevel(logging.ERROR)
+    check_study(experiment.study)
     _check_folder(experiment, out, resume)
     datasets = Datasets()
     for label, run in experiment.runs.items():
@@ -83,8 +91,8 @@ def run_experiment(
                 except Exception as error:  # the other runs go on
                     folder.fail(f"{type(error).__name__}: {' '.join(str(error).split())}")
                     progress.failed(label, folder.error or "")
-                summarize(out, experiment.name, experiment.varied, experiment.runs)
-    return summarize(out, experiment.name, experiment.varied, experiment.runs)
+                summarize(out, experiment)
+    return summarize(out, experiment)
 
 
 def execute(
@@ -93,7 +101,7 @@ def execute(
     folder: RunFolder,
     report: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Carry out one run on a grid, top to bottom.
+    """Carry out one run on a grid, top to bottom, into its folder.
 
     Args:
         prepared: the run.
@@ -103,17 +111,46 @@ def execute(
     """
     run, layout = prepared.run, prepared.problem.layout
     folder.begin(run, prepared.initialization.record())
+
+    def record(line: dict[str, Any], arrays: ArrayRecord) -> None:
+        folder.append(line)
+        if run.measure.distance and line["test_loss"] is not None:
+            folder.keep(line["round"], layout.flatten(arrays))
+        report(line)
+
+    final = train(prepared, grid, record)
+    if run.measure.distance:
+        folder.measure_distances(layout.flatten(final))
+    folder.finish(layout.named(final))
+
+
+def train(
+    prepared: Simulation, grid: Grid, record: Callable[[dict[str, Any], ArrayRecord], None]
+) -> ArrayRecord:
+    """Train one run on a grid.
+
+    Args:
+        prepared: the run.
+        grid: RayGrid, or any Flower grid.
+        record: called with each round's line and x, from round 0 on.
+
+    Returns:
+        The final x.
+
+    Raises:
+        DivergedError: a loss is not finite.
+    """
+    run = prepared.run
     random.seed(run.seed)  # Flower's strategies sample from Python's generator
     torch.manual_seed(run.seed)
-    recorder = Recorder(run, grid, folder, report)
     result = prepared.strategy.start(
         grid,
         prepared.arrays,
         num_rounds=run.rounds,
         timeout=_NO_TIMEOUT,
-        evaluate_fn=recorder,
+        evaluate_fn=Recorder(prepared, grid, record),
     )
-    folder.finish(layout.named(result.arrays))
+    return result.arrays if run.rounds else prepared.arrays
 
 
 class DivergedError(RuntimeError):
@@ -121,22 +158,25 @@ class DivergedError(RuntimeError):
 
 
 class Recorder:
-    """Strategy.start's `evaluate_fn`: writes a round's line, testing x every `evaluate_every`."""
+    """Strategy.start's `evaluate_fn`: makes a round's line, testing x every `evaluate_every`."""
 
     def __init__(
-        self, run: Run, grid: Grid, folder: RunFolder, report: Callable[[dict[str, Any]], None]
+        self,
+        prepared: Simulation,
+        grid: Grid,
+        record: Callable[[dict[str, Any], ArrayRecord], None],
     ) -> None:
-        self._run = run
+        self._prepared = prepared
         self._grid = grid
-        self._folder = folder
-        self._report = report
+        self._record = record
         self._previous: torch.Tensor | None = None  # the last aggregate
         self._since = time.perf_counter()
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Record the round that just ended; return the test metrics if x was tested."""
+        run = self._prepared.run
         sums: CohortSums | None = self._grid.take_sums()  # type: ignore[attr-defined]
-        due = server_round % self._run.evaluate_every == 0 or server_round == self._run.rounds
+        due = server_round % run.evaluate_every == 0 or server_round == run.rounds
         tested = evaluate_test(self._grid, arrays) if due else {}
         now = time.perf_counter()
         line = {
@@ -146,9 +186,10 @@ class Recorder:
             "test_accuracy": tested.get("accuracy"),
             "wall_seconds": round(now - self._since, 4),
         }
-        self._since = now
-        self._folder.append(line)
-        self._report(line)
+        if server_round == 0:
+            line |= initial_curvature(self._prepared)
+        self._since = time.perf_counter()
+        self._record(line, arrays)
         for name in ("train_loss", "test_loss"):
             if not math.isfinite(line.get(name) or 0.0):
                 raise DivergedError(f"{name} is not finite in round {server_round}")
@@ -168,6 +209,26 @@ class Recorder:
             "mean_pairwise_cosine": sums.mean_pairwise_cosine(),
             "cosine_with_previous": _cosine(previous, aggregate),
         }
+
+
+def initial_curvature(prepared: Simulation) -> dict[str, float | int]:
+    """Return the top Hessian eigenvalues at the initialization, where the run asks for them.
+
+    The sample is of training rows, the same for every run with the same data and seed.
+    """
+    run, problem = prepared.run, prepared.problem
+    if not run.measure.hessian:
+        return {}
+
+    rows = keyed(Draw.SAMPLE, run.seed).permutation(len(problem.dataset))[: run.measure.hessian]
+    batches = [
+        problem.dataset.batch(rows[at : at + _HESSIAN_BATCH])
+        for at in range(0, len(rows), _HESSIAN_BATCH)
+    ]
+    top = top_hessian_eigenvalues(
+        problem.model, problem.loss, batches, run.seed, _HESSIAN_TOLERANCE
+    )
+    return {f"hessian_{name}": value for name, value in asdict(top).items()}
 
 
 def evaluate_test(grid: Grid, arrays: ArrayRecord, parts: int = 8) -> dict[str, float]:

@@ -18,7 +18,7 @@ from clients.client_optimizers import NEED_FEDOPT
 from clients.local_training import local_steps
 from fedinit import initialization
 from fedinit.config import Run
-from fedinit.data import FederatedDataset, partitioned
+from fedinit.data import FederatedDataset, partitioned, with_validation
 from fedinit.errors import RequestError, unknown
 from fedinit.initialization import Initialization
 from fedinit.measurements.evaluation import evaluate
@@ -73,10 +73,11 @@ class Simulation:
 
     def grid(self, workers: Workers, datasets: Datasets) -> RayGrid:
         """Build the grid of this run on the given workers."""
-        owners = ray.put(self.problem.dataset.owners)
+        dealt = self.problem.dataset
+        clients = ray.put((dealt.owners, dealt.held_out))
         return RayGrid(
             workers,
-            partial(_worker_app, self.run, datasets.store(self.run), owners),
+            partial(_worker_app, self.run, datasets.store(self.run), clients),
             self.clients,
             self.problem.layout,
             self._reduction(),
@@ -118,7 +119,9 @@ def simulation(run: Run, datasets: Datasets) -> Simulation:
         raise RequestError(f"client.optimizer: {run.client.optimizer} needs strategy fedopt")
     if run.stragglers.epochs[0] > run.stragglers.epochs[1]:
         raise RequestError(f"stragglers.epochs: {list(run.stragglers.epochs)} is not [low, high]")
-    dataset = partitioned(datasets.load(run), run.partition, run.seed)
+    dataset = with_validation(
+        partitioned(datasets.load(run), run.partition, run.seed), run.validation, run.seed
+    )
     if run.cohort > len(dataset.owners):
         raise RequestError(f"cohort: {run.cohort} of only {len(dataset.owners)} clients")
     problem = build_problem(run, dataset)
@@ -194,8 +197,8 @@ def _build(name: str, parameters: Sequence[torch.Tensor], settings: Any) -> torc
     return SERVER_OPTIMIZERS[name](parameters, settings)
 
 
-def _worker_app(run: Run, dataset: ray.ObjectRef, owners: ray.ObjectRef) -> ClientApp:
-    return client_app(run, build_problem(run, ray.get(dataset).with_clients(ray.get(owners))))
+def _worker_app(run: Run, dataset: ray.ObjectRef, clients: ray.ObjectRef) -> ClientApp:
+    return client_app(run, build_problem(run, ray.get(dataset).with_clients(*ray.get(clients))))
 
 
 def _try(run: Run, problem: Problem) -> None:

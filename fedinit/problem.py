@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedinit.config import Run
-from fedinit.data import DATASETS, FederatedDataset, partitioned
+from fedinit.data import DATASETS, FederatedDataset
 from fedinit.errors import RequestError
 from fedinit.models import MODELS, Model
 from fedinit.parameters import Layout
@@ -96,14 +96,3 @@ def _freeze_body(model: nn.Module, name: str, head: str | None) -> None:
         )
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter_name.startswith(head + "."))
-
-
-__all__ = [
-    "LOSSES",
-    "Loss",
-    "Problem",
-    "build_problem",
-    "find_model",
-    "load_dataset",
-    "partitioned",
-]

@@ -13,6 +13,9 @@ class Draw(IntEnum):
     STRAGGLERS = 3
     LOCAL_TRAINING = 4  # dropout and shuffles
     WEIGHTS = 5
+    VALIDATION = 6
+    SAMPLE = 7
+    SEARCH = 8
 
 
 def keyed(draw: Draw, seed: int, *key: int) -> np.random.Generator:

@@ -1,10 +1,9 @@
 """The report of a results folder: a self-contained HTML page, and the console's table."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import nan
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
@@ -12,38 +11,24 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from fedinit.figures import draw_figures, label, shorten, split_settings
+from fedinit import wording
+from fedinit.drawing import Drawing
+from fedinit.figures import MEASURES, draw_figures, label, shorten, split_settings
 from fedinit.results import RunFolder, read_summary, write_atomically
+from fedinit.statistics import Spread, paired_difference
 
 Setting = tuple[str, ...]  # a run's varied settings, but for its initialization and seed
+BySeed = dict[int, float]
 Pairs = dict[Setting, tuple[float, float]]  # the final result from one start and from another
 
-_MISSING = "\N{EN DASH}"
-_MINUS = "\N{MINUS SIGN}"
 _STATUS_STYLES = {"done": "green", "failed": "bold red", "unfinished": "yellow"}
 
 
-def _accuracy(value: float) -> str:
-    return f"{value:.1%}"
-
-
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f} points".replace("-", _MINUS)
-
-
-def _loss(value: float, sign: str = "") -> str:
-    return f"{value:{sign}#.3g}".removesuffix(".").replace("-", _MINUS)
-
-
-def _loss_change(value: float) -> str:
-    return _loss(value, "+")
-
-
 _RESULTS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "final_test_accuracy": ("final accuracy", _accuracy),
-    "best_test_accuracy": ("best accuracy", _accuracy),
-    "final_test_loss": ("final loss", _loss),
-    "best_test_loss": ("best loss", _loss),
+    "final_test_accuracy": ("final accuracy", wording.share),
+    "best_test_accuracy": ("best accuracy", wording.share),
+    "final_test_loss": ("final loss", wording.number),
+    "best_test_loss": ("best loss", wording.number),
     "rounds_to_target": ("rounds to target", str),
     "wall_seconds": ("seconds", "{:.1f}".format),
 }
@@ -57,15 +42,26 @@ class _Measure:
     show: Callable[[float], str]
     show_change: Callable[[float], str]
 
-    def show_mean(self, values: list[float]) -> str:
-        if not values:
-            return _MISSING
-        spread = f" \N{PLUS-MINUS SIGN} {self.show(stdev(values))}" if len(values) > 1 else ""
-        return self.show(mean(values)) + spread
+
+_TEST_ACCURACY = _Measure("test accuracy", wording.share, wording.points)
+_TEST_LOSS = _Measure("test loss", wording.number, wording.change)
 
 
-_TEST_ACCURACY = _Measure("test accuracy", _accuracy, _points)
-_TEST_LOSS = _Measure("test loss", _loss, _loss_change)
+@dataclass(frozen=True)
+class Finding:
+    """What results say of one of a study's figures or tables.
+
+    Attributes:
+        drawing: the figure, or a table's numbers where its SVG is empty.
+        sentence: the study's claim, the numbers here, and whether they agree.
+        table: rows of cells, the header first.
+        replaces: the measure whose figure by round this drawing is.
+    """
+
+    drawing: Drawing
+    sentence: str
+    table: Sequence[Sequence[str]] = ()
+    replaces: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,11 +75,12 @@ class Comparison:
     paragraphs: list[str]
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, finding: Finding | None = None) -> Path:
     """Write report.html, and figures/ with an SVG and a CSV for each measure, from the results.
 
     Args:
         folder: a results folder; its runs may be done, unfinished, failed or not yet begun.
+        finding: what the page says first.
 
     Returns:
         The page's path.
@@ -92,11 +89,13 @@ def write_report(folder: Path) -> Path:
         RequestError: the folder holds no results, or a run's rounds cannot be read.
     """
     summary = read_summary(folder)
-    figures = draw_figures(folder, summary)
+    others = [name for name in MEASURES if finding is None or name != finding.replaces]
+    figures = draw_figures(folder, summary, others)
     (folder / "figures").mkdir(exist_ok=True)
-    for figure in figures:
-        write_atomically(folder / "figures" / f"{figure.name}.svg", figure.svg.encode())
-        write_atomically(folder / "figures" / f"{figure.name}.csv", figure.csv.encode())
+    for figure in [*([finding.drawing] if finding else []), *figures]:
+        for suffix, text in (("svg", figure.svg), ("csv", figure.csv)):
+            if text:
+                write_atomically(folder / "figures" / f"{figure.name}.{suffix}", text.encode())
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -107,6 +106,7 @@ def write_report(folder: Path) -> Path:
     page = templates.get_template("report.html").render(
         name=summary["name"],
         varied=summary["varied"],
+        finding=finding,
         comparison=compare_initializations(summary),
         figures=figures,
         results=[_RESULTS[column][0] for column in columns],
@@ -167,28 +167,36 @@ def compare_initializations(summary: dict[str, Any]) -> Comparison | None:
     measure = _TEST_ACCURACY if measured else _TEST_LOSS
 
     keys = [key for key in summary["varied"] if key not in ("initialization", "seed")]
-    ends: dict[Setting, dict[str, list[float]]] = {}
+    ends: dict[Setting, dict[str, BySeed]] = {}
     for row in summary["runs"]:
         setting = tuple(str(row[key]) for key in keys)
-        by_start = ends.setdefault(setting, {start: [] for start in (base, *others)})
+        by_start = ends.setdefault(setting, {start: {} for start in (base, *others)})
         value = row["final_test_accuracy" if measured else "final_test_loss"]
         if row["status"] == "done" and value is not None:
-            by_start[str(row["initialization"])].append(value)
+            by_start[str(row["initialization"])][row.get("seed", 0)] = value
 
     table = {
-        setting: [*setting, *(measure.show_mean(values) for values in by_start.values())]
+        setting: [
+            *setting,
+            *(
+                wording.spread(Spread.of([*values.values()]) if values else None, measure.show)
+                for values in by_start.values()
+            ),
+        ]
         for setting, by_start in ends.items()
     }
     paragraphs = []
     for other in others:
-        pairs = {
-            setting: (mean(by_start[base]), mean(by_start[other]))
-            for setting, by_start in ends.items()
-            if by_start[base] and by_start[other]
-        }
-        for setting, cells in table.items():
-            before, after = pairs.get(setting, (nan, nan))
-            cells.append(measure.show_change(after - before) if setting in pairs else _MISSING)
+        pairs: Pairs = {}
+        for setting, by_start in ends.items():
+            found = paired_difference(by_start[base], by_start[other])
+            table[setting].append(wording.difference(found, measure.show_change))
+            if found is not None:
+                seeds = by_start[base].keys() & by_start[other].keys()
+                before, after = (
+                    mean(by_start[start][seed] for seed in seeds) for start in (base, other)
+                )
+                pairs[setting] = (before, after)
         told = [
             _tell_difference(measure, base, other, pairs),
             *_tell_spread(measure, base, other, pairs, keys),
@@ -198,7 +206,7 @@ def compare_initializations(summary: dict[str, Any]) -> Comparison | None:
     return Comparison(
         title=title[0].upper() + title[1:],
         keys=keys,
-        columns=[base, *others, *(f"{other} {_MINUS} {base}" for other in others)],
+        columns=[base, *others, *(f"{other} {wording.MINUS} {base}" for other in others)],
         rows=list(table.values()),
         paragraphs=paragraphs,
     )
@@ -258,7 +266,7 @@ def _recorded(summary: dict[str, Any]) -> list[str]:
 
 
 def _cells(row: dict[str, Any], columns: list[str]) -> list[str]:
-    return [_MISSING if row[key] is None else _RESULTS[key][1](row[key]) for key in columns]
+    return [wording.MISSING if row[key] is None else _RESULTS[key][1](row[key]) for key in columns]
 
 
 def _run_context(

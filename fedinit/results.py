@@ -5,6 +5,7 @@ DIR/<run>/run.yaml                 the run, fully specified
 DIR/<run>/initialization.json      what was loaded, what is fresh, what did not fit
 DIR/<run>/rounds.jsonl             one line for each round, from round 0 on
 DIR/<run>/final.safetensors        the last weights; its presence says that the run is done
+DIR/<run>/x/, distance.json        x at evaluated rounds; its distance to the final one
 DIR/<run>/error.txt                why a run failed
 """
 
@@ -20,8 +21,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
-from fedinit.config import Run, get, load_experiment, to_yaml
+from fedinit.config import Run, get, make_run, to_yaml
 from fedinit.errors import RequestError
+from fedinit.experiment_file import Experiment, read_settings
 
 SUMMARY = "summary.json"
 
@@ -58,8 +60,10 @@ class RunFolder:
     def begin(self, run: Run, initialization: dict[str, Any]) -> None:
         """Start the folder: the run, its initialization, and no rounds."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for stale in ("rounds.jsonl", "final.safetensors", "error.txt"):
+        for stale in ("rounds.jsonl", "final.safetensors", "error.txt", "distance.json"):
             (self.path / stale).unlink(missing_ok=True)
+        for stale_x in (self.path / "x").glob("*.safetensors"):
+            stale_x.unlink()
         write_atomically(self.path / "run.yaml", to_yaml(run).encode())
         write_atomically(
             self.path / "initialization.json", to_json(initialization, indent=1).encode()
@@ -69,6 +73,33 @@ class RunFolder:
         """Append one round's line to rounds.jsonl."""
         with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
             file.write(to_json(line) + "\n")
+
+    def keep(self, server_round: int, x: torch.Tensor) -> None:
+        """Keep the vector x of an evaluated round, to measure its distance to the final one."""
+        (self.path / "x").mkdir(exist_ok=True)
+        write_atomically(self._kept(server_round), save({"x": x.contiguous()}))
+
+    def measure_distances(self, final: torch.Tensor) -> None:
+        """Write distance.json: ||x - final|| for every x that was kept, by round, in float64."""
+        distances = {}
+        for line in self.rounds:
+            path = self._kept(line["round"])
+            if path.exists():
+                x = load_file(path)["x"]
+                distances[line["round"]] = (x.double() - final.double()).norm().item()
+        write_atomically(self.path / "distance.json", to_json(distances).encode())
+
+    @property
+    def distances(self) -> dict[int, float]:
+        """||x - final x|| by evaluated round; empty where it was not asked for."""
+        path = self.path / "distance.json"
+        if not path.exists():
+            return {}
+        read = json.loads(path.read_text(encoding="utf-8"))
+        return {int(server_round): distance for server_round, distance in read.items()}
+
+    def _kept(self, server_round: int) -> Path:
+        return self.path / "x" / f"round-{server_round:06d}.safetensors"
 
     def finish(self, weights: dict[str, torch.Tensor]) -> None:
         """Write the final weights; after this the run is done."""
@@ -90,7 +121,7 @@ class RunFolder:
     @property
     def run(self) -> Run:
         """The run that this folder holds."""
-        return next(iter(load_experiment(self.path / "run.yaml").runs.values()))
+        return make_run(read_settings(self.path / "run.yaml"))
 
     @property
     def initialization(self) -> dict[str, Any]:
@@ -128,12 +159,16 @@ class RunFolder:
         return lines
 
 
-def summarize(folder: Path, name: str, varied: list[str], runs: dict[str, Run]) -> dict[str, Any]:
-    """Write summary.json and summary.csv for the named runs under `folder`; return the summary."""
-    rows = [_summary_row(folder, label, varied, run) for label, run in runs.items()]
+def summarize(folder: Path, experiment: Experiment) -> dict[str, Any]:
+    """Write summary.json and summary.csv of the runs under `folder`; return the summary."""
+    rows = [
+        _summary_row(folder, label, experiment.varied, run)
+        for label, run in experiment.runs.items()
+    ]
     summary = {
-        "name": name,
-        "varied": varied,
+        "name": experiment.name,
+        "study": experiment.study,
+        "varied": experiment.varied,
         "runs": rows,
     }
     write_atomically(folder / SUMMARY, to_json(summary, indent=1).encode())
@@ -173,6 +208,7 @@ def _summary_row(folder: Path, label: str, varied: list[str], run: Run) -> dict[
         "status": at.status,
         **{key: get(run, key) for key in varied},
         "rounds_done": rounds[-1]["round"] if rounds else 0,
+        "initial_test_loss": rounds[0]["test_loss"] if rounds else None,
         "final_test_accuracy": last.get("test_accuracy"),
         "final_test_loss": last.get("test_loss"),
         "best_test_accuracy": max((line["test_accuracy"] for line in accuracies), default=None),

@@ -9,7 +9,10 @@ from fedinit.data import FederatedDataset
 
 
 def quadratics(
-    curvature: list[list[float]], optimum: list[list[float]], examples: list[int]
+    curvature: list[list[float]],
+    optimum: list[list[float]],
+    examples: list[int],
+    test_optimum: list[float] | None = None,
 ) -> FederatedDataset:
     """Client i holds examples[i] equal rows: its loss is 1/2 sum_k a_ik (x_k - b_ik)^2."""
     rows = {}
@@ -19,7 +22,10 @@ def quadratics(
         inputs += [a] * n
         targets += [b] * n
     x, y = torch.tensor(inputs, dtype=torch.float64), torch.tensor(targets, dtype=torch.float64)
-    return FederatedDataset(x, y, rows, x, y)
+    if test_optimum is None:
+        return FederatedDataset(x, y, rows, x, y)
+    elsewhere = torch.tensor([test_optimum], dtype=torch.float64)
+    return FederatedDataset(x, y, rows, torch.ones_like(elsewhere), elsewhere)
 
 
 class Point(nn.Module):

@@ -14,7 +14,8 @@ import yaml
 from test_simulation import difference, numbers
 
 from experiments.cli import find_experiment
-from fedinit.config import load_experiment, to_yaml
+from fedinit.config import to_yaml
+from fedinit.experiment_file import load_experiment
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -150,3 +150,39 @@ def test_measurements_of_known_updates():
     merged.merge(sums([0, 4, 0]))
     assert merged.gradient_diversity() == orthogonal.gradient_diversity()
     assert merged.mean_update().tolist() == [1.5, 2, 0]
+
+
+def test_alignment_is_the_same_however_a_cohort_is_reduced():
+    """One share, three shares, client by client: nine unequal updates of unequal examples."""
+    rng = np.random.default_rng(0)
+    updates = rng.normal(size=(9, 3)) + 0.5
+    examples = rng.integers(1, 50, size=9)
+
+    def share(clients: range) -> CohortSums:
+        total = CohortSums(layout())
+        for client in clients:
+            arrays = ArrayRecord()
+            arrays["w"] = Array(-updates[client])
+            metrics = MetricRecord({"num-examples": int(examples[client])})
+            total.add(
+                torch.zeros(3, dtype=torch.float64),
+                RecordDict({"arrays": arrays, "metrics": metrics}),
+            )
+        return total
+
+    norms = np.linalg.norm(updates, axis=1)
+    units = updates / norms[:, None]
+    cosines = (units @ units.T)[~np.eye(9, dtype=bool)]
+    for shares in (
+        [range(9)],
+        [range(2), range(2, 7), range(7, 9)],
+        [range(k, k + 1) for k in range(9)],
+    ):
+        first, *others = map(share, shares)
+        for other in others:
+            first.merge(other)
+        expected = (norms**2).sum() / (updates.sum(0) ** 2).sum()
+        assert first.gradient_diversity() == pytest.approx(expected, abs=1e-6)
+        assert first.mean_pairwise_cosine() == pytest.approx(cosines.mean(), abs=1e-6)
+        mean = examples @ updates / examples.sum()
+        assert first.mean_update().numpy() == pytest.approx(mean, abs=1e-6)

@@ -276,3 +276,34 @@ def test_rounds_hold_what_the_clients_did(outcome, tmp_path):
     expected_loss = (P[:, 0] * (A * (x - B) ** 2).sum(1) / 2).sum()
     assert second["test_loss"] == pytest.approx(expected_loss)
     assert second["wall_seconds"] > 0
+
+
+FROM_ZERO = SETTINGS | {"initialization": "random", "server": {"lr": 1.0}}  # Point starts at 0
+
+
+def test_the_hessian_of_an_initialization_is_measured(finals):
+    """Clients of 1 and 3 examples with curvature (1, 3) and (2, 5): their mean is (1.75, 4.5)."""
+    data = {"curvature": [[1.0, 3.0], [2.0, 5.0]], "optimum": [[0.0, 0.0]] * 2, "examples": [1, 3]}
+    folders = finals(FROM_ZERO | {"dataset_args": data, "rounds": 0, "measure": {"hessian": 100}})
+    [folder] = folders.values()
+    [line] = RunFolder(folder).rounds
+    assert line["hessian_algebraic"] == pytest.approx(4.5, abs=1e-9)
+    assert line["hessian_absolute"] == pytest.approx(4.5, abs=1e-9)
+    assert line["hessian_algebraic_residual"] < 1e-6
+    assert RunFolder(folder).weights["x"].tolist() == [0, 0]
+
+
+def test_the_distance_to_the_final_point_is_measured(finals):
+    """One client with curvature 1 and optimum 1, rate 1/2: x_t = 1 - 2^-t in both coordinates."""
+    data = {"curvature": [[1.0, 1.0]], "optimum": [[1.0, 1.0]], "examples": [4]}
+    settings = FROM_ZERO | {
+        "dataset_args": data,
+        "client": {"lr": 0.5, "batch_size": 4},
+        "cohort": 1,
+        "rounds": 3,
+        "evaluate_every": 2,
+        "measure": {"distance": True},
+    }
+    [folder] = finals(settings).values()
+    expected = {t: 2**0.5 * (2.0**-t - 2.0**-3) for t in (0, 2, 3)}
+    assert RunFolder(folder).distances == pytest.approx(expected)

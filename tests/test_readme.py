@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedinit.config import make_run, parse_value
+from fedinit.config import make_run
+from fedinit.experiment_file import parse_value
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
@@ -29,7 +30,9 @@ def test_the_settings_shown_are_the_defaults():
 @pytest.mark.slow
 def test_the_users_own_study(fedinit, ray_started, tmp_path):
     (tmp_path / "mylab.py").write_text(PYTHON[0])
-    (tmp_path / "study.yaml").write_text(YAML[2])
+    (tmp_path / "study.yaml").write_text(
+        next(text for text in YAML if text.startswith("name: study"))
+    )
     result = fedinit("run", tmp_path / "study.yaml", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -39,8 +42,8 @@ def test_the_users_own_study(fedinit, ray_started, tmp_path):
 
 def test_the_commands_are_ours(fedinit):
     """Every subcommand that the README names exists, and its help says what it does."""
-    named = set(re.findall(r"fedinit (run|report|list)\b", README))
-    assert named == {"run", "report", "list"}
+    named = set(re.findall(r"fedinit (run|tune|report|list)\b", README))
+    assert named == {"run", "tune", "report", "list"}
     for command in named:
         shown = fedinit(command, "--help")
         assert shown.exit_code == 0

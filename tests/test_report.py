@@ -7,17 +7,18 @@ import re
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import torch
 from rich.console import Console
 
-from fedinit.config import load_experiment
+from experiments.studies import find
+from fedinit.config import Run
 from fedinit.errors import RequestError
+from fedinit.experiment_file import load_experiment
 from fedinit.report import compare_initializations, console_table, write_report
-from fedinit.results import RunFolder, read_summary, summarize
+from fedinit.results import read_summary, summarize
+from tests.recorded import ATTACK, Lines, record
 
 CHROMIUM = Path("/usr/bin/chromium")
 CHROMIUM_OPTIONS = (
@@ -31,13 +32,6 @@ CHROMIUM_OPTIONS = (
     "disable-component-update",
     "disable-sync",
 )
-ATTACK = "<script>alert(1)</script>"
-INITIALIZATION = {
-    "source": "random",
-    "loaded": ["stem.weight", "stem.bias"],
-    "fresh": ["head.weight"],
-    "unused": ["classifier.weight"],
-}
 
 
 def results(
@@ -51,26 +45,21 @@ def results(
 
     A run's accuracy (or loss, with no accuracy) is half its end in round 0 and its end in round 2.
     """
-    file = tmp_path / "study.yaml"
-    file.write_text(f"name: {name}\ndataset: toy\nmodel: tiny\ntarget_accuracy: 0.6\ngrid: {grid}")
-    experiment = load_experiment(file)
-    folder = tmp_path / "out"
-    folder.mkdir()
-    for (label, run), end in zip(experiment.runs.items(), ends, strict=True):
-        at = RunFolder(folder / label)
+    remaining = iter(ends)
+
+    def lines(_run: Run) -> Lines | None:
+        end = next(remaining)
         if end is None:
-            at.fail(f"RuntimeError: {ATTACK}")
-            continue
-        at.begin(run, INITIALIZATION)
-        tested: dict[str, Any] = {"test_loss": 1.5, "test_accuracy": None}
-        at.append({"round": 0, **tested, measure: end / 2, "wall_seconds": 0.0})
-        for number in (1, 2):
-            done = {**tested, measure: end} if number == 2 else {"test_loss": None}
-            trained = {"train_loss": 1 / number, "gradient_diversity": 2.0 * number}
-            at.append({"round": number, **trained, **done, "wall_seconds": 1.5})
-        at.finish({"weight": torch.zeros(1)})
-    summarize(folder, experiment.name, experiment.varied, experiment.runs)
-    return folder
+            return None
+        return [
+            {"round": 0, "test_loss": 1.5, "wall_seconds": 0.0, measure: end / 2},
+            {"round": 1, "train_loss": 1.0, "gradient_diversity": 2.0},
+            {"round": 2, "train_loss": 0.5, "gradient_diversity": 4.0, "test_loss": 1.5}
+            | {measure: end},
+        ]
+
+    text = f"name: {name}\ndataset: toy\nmodel: tiny\ntarget_accuracy: 0.6\ngrid: {grid}"
+    return record(tmp_path, text, lines)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -198,7 +187,7 @@ def test_runs_that_failed_or_have_not_begun_are_shown(tmp_path: Path) -> None:
     folder = results(tmp_path, "{seed: [0, 1]}", [None, None])
     (folder / "seed=1" / "error.txt").unlink()
     experiment = load_experiment(tmp_path / "study.yaml")
-    summarize(folder, experiment.name, experiment.varied, experiment.runs)
+    summarize(folder, experiment)
     page = write_report(folder).read_text(encoding="utf-8")
     assert f"<pre>RuntimeError: {html.escape(ATTACK)}</pre>" in page
     assert "This run has not begun." in page
@@ -243,32 +232,46 @@ def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is not installed")
-def test_a_phone_scrolls_the_page_in_one_direction_only(tmp_path: Path) -> None:
-    """In a frame of 390 pixels the page is 390 wide, though its tables and YAML are wider."""
+@pytest.mark.parametrize("study", [None, "ranking", "hessian"])
+def test_a_page_in_a_real_browser(tmp_path: Path, study: str | None) -> None:
+    """At 390 pixels the page scrolls in one direction only, though its tables and YAML are wider.
+
+    Every figure is drawn within the page, every study's table is there, and the console is silent.
+    """
     long = "a-very-long-name-without-a-break" * 3
     grid = f"{{client.optimizer: [sgd, {long}], initialization: [random, pretrained]}}"
-    folder = results(tmp_path, grid, [0.5, 0.7, 0.4, None])
-    page = write_report(folder).read_text(encoding="utf-8").replace("<details>", "<details open>")
+    folder = results(tmp_path, grid, [0.5, 0.7, 0.4, None if study is None else 0.6])
+    summary = read_summary(folder) | {"study": study}
+    page = write_report(folder, find(folder, summary)).read_text(encoding="utf-8")
+    page = page.replace("<details>", "<details open>")
     wrapper = tmp_path / "wrapper.html"
     wrapper.write_text(
         f'<iframe style="width:390px;height:800px;border:0" srcdoc="{html.escape(page)}"></iframe>'
         "<p></p><script>onload = () => {"
         "const root = document.querySelector('iframe').contentDocument;"
         "const width = selector => root.querySelector(selector).scrollWidth;"
+        "const drawn = [...root.querySelectorAll('figure svg')];"
+        "const boxes = drawn.map(each => each.getBoundingClientRect());"
+        "const seen = boxes.filter(b => b.width > 200 && b.height > 100 && b.right <= 390);"
         "document.querySelector('p').textContent ="
-        "`page ${width('html')}, table ${width('.scroll')}`; }</script>",
+        "`page ${width('html')}, table ${width('.scroll')}, ${seen.length} of ${boxes.length}`;"
+        "}</script>",
         encoding="utf-8",
     )
-    options = [f"--{option}" for option in CHROMIUM_OPTIONS]
+    options = [f"--{option}" for option in (*CHROMIUM_OPTIONS, "enable-logging=stderr")]
     profile = tmp_path / "profile"
-    dom = subprocess.run(
+    done = subprocess.run(
         [CHROMIUM, *options, f"--user-data-dir={profile}", "--dump-dom", wrapper.as_uri()],
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
-    ).stdout
-    measured = re.search(r"<p>page (\d+), table (\d+)</p>", dom)
-    assert measured, dom[-500:]
+    )
+    measured = re.search(r"<p>page (\d+), table (\d+), (\d+) of (\d+)</p>", done.stdout)
+    assert measured, done.stdout[-500:]
     assert int(measured[1]) == 390
     assert int(measured[2]) > 390
+    assert measured[3] == measured[4]
+    assert int(measured[4]) == (4 if study == "ranking" else 3)
+    assert ("largest eigenvalue" in done.stdout) == (study == "hessian")
+    assert "CONSOLE" not in done.stderr

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from fedinit.data.fashion_mnist import fashion_mnist
 from fedinit.data.federated_dataset import ClientRows, FederatedDataset
-from fedinit.data.partitions import PARTITIONS, partitioned
+from fedinit.data.partitions import PARTITIONS, partitioned, with_validation
 from fedinit.data.shakespeare import shakespeare
 
 DATASETS: dict[str, Callable[..., FederatedDataset]] = {
@@ -12,4 +12,11 @@ DATASETS: dict[str, Callable[..., FederatedDataset]] = {
     "shakespeare": shakespeare,
 }
 
-__all__ = ["DATASETS", "PARTITIONS", "ClientRows", "FederatedDataset", "partitioned"]
+__all__ = [
+    "DATASETS",
+    "PARTITIONS",
+    "ClientRows",
+    "FederatedDataset",
+    "partitioned",
+    "with_validation",
+]

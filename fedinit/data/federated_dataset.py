@@ -90,6 +90,7 @@ class FederatedDataset:
         if not len(test_inputs):
             raise RequestError("dataset: the test set is empty")
         self.inputs, self.targets = inputs, targets
+        self.held_out: np.ndarray | None = None
         self.test_inputs, self.test_targets = test_inputs, test_targets
         self.clients = None if clients is None else ClientRows.of(clients)
         if num_classes is None and not targets.is_floating_point():
@@ -101,9 +102,16 @@ class FederatedDataset:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def with_clients(self, clients: ClientRows) -> "FederatedDataset":
-        """Return the same rows, shared, dealt to other clients."""
-        return FederatedDataset(
+    def with_clients(
+        self, clients: ClientRows, held_out: np.ndarray | None = None
+    ) -> "FederatedDataset":
+        """Return the same rows, shared, dealt to other clients.
+
+        Args:
+            clients: the clients.
+            held_out: rows that no client trains on; if given, they stand in for the test set.
+        """
+        dealt = FederatedDataset(
             self.inputs,
             self.targets,
             clients,
@@ -111,6 +119,13 @@ class FederatedDataset:
             self.test_targets,
             self.num_classes,
         )
+        dealt.held_out = held_out
+        return dealt
+
+    @property
+    def test_size(self) -> int:
+        """Number of rows that x is tested on."""
+        return len(self.test_inputs) if self.held_out is None else len(self.held_out)
 
     @property
     def owners(self) -> ClientRows:
@@ -132,6 +147,8 @@ class FederatedDataset:
 
     def test_batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return a slice of the test set, as a model reads it."""
+        if self.held_out is not None:
+            return self.batch(self.held_out[start:stop])
         return _read(self.test_inputs[start:stop]), _read(self.test_targets[start:stop])
 
     def _check(self, clients: ClientRows) -> None:

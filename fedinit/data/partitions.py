@@ -71,6 +71,32 @@ def partitioned(dataset: FederatedDataset, partition: Partition, seed: int) -> F
     return dataset.with_clients(PARTITIONS[partition.kind](dataset, partition, seed))
 
 
+def with_validation(dataset: FederatedDataset, share: float, seed: int) -> FederatedDataset:
+    """Hold out a share of each client's rows, rounded down; x is then tested on these.
+
+    Args:
+        dataset: the data set, dealt to clients.
+        share: in [0, 1); 0 leaves the data set as it is.
+        seed: with it the rows are drawn.
+
+    Raises:
+        RequestError: no client has enough rows to spare one.
+    """
+    if not share:
+        return dataset
+    owners = dataset.owners
+    owner = np.repeat(np.arange(len(owners)), owners.sizes)
+    draw = keyed(Draw.VALIDATION, seed).random(len(owner))
+    place = np.empty(len(owner), dtype=np.int64)  # of a row in its client's random order
+    place[np.lexsort((draw, owner))] = np.arange(len(owner)) - owners.offsets[owner]
+    kept = place >= np.floor(share * owners.sizes)[owner]
+    if kept.all():
+        raise RequestError(f"validation: a share of {share} is less than one row of every client")
+    sizes = np.bincount(owner[kept], minlength=len(owners))
+    training = ClientRows(owners.ids, owners.rows[kept], np.cumsum([0, *sizes]))
+    return dataset.with_clients(training, np.sort(owners.rows[~kept]))
+
+
 def _draw_counts(
     rng: np.random.Generator, alpha: float, size: int, remaining: np.ndarray
 ) -> np.ndarray:

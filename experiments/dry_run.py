@@ -1,0 +1,59 @@
+"""`fedinit run --dry-run`: the runs of an experiment and what they cost; nothing is run."""
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from experiments.studies import check_study
+from experiments.wiring import Datasets, Simulation, simulation
+from fedinit import wording
+from fedinit.config import Run
+from fedinit.errors import RequestError
+from fedinit.experiment_file import Experiment
+
+
+def cost_table(experiment: Experiment) -> Group:
+    """List the runs with rounds, client updates, examples visited in training, and traffic.
+
+    Updates are rounds x cohort; examples are expected ones (updates x a client's mean examples x
+    its expected local epochs); traffic is x down and up again for each update. A run whose data or
+    weights are not here has no examples and traffic, and the reasons follow the table.
+
+    Raises:
+        RequestError: the study or a method is unknown.
+    """
+    check_study(experiment.study)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, show_footer=True)
+    table.add_column("run", f"{len(experiment.runs)} runs", overflow="fold")
+    totals = [0.0, 0.0, 0.0, 0.0]
+    rows = []
+    reasons: dict[str, str] = {}
+    datasets = Datasets()
+    for label, run in experiment.runs.items():
+        try:
+            costs = _costs(run, simulation(run, datasets))
+        except RequestError as error:
+            reasons.setdefault(str(error), label)
+            costs = [run.rounds, run.rounds * run.cohort, None, None]
+        rows.append((label, costs))
+        totals = [total + (cost or 0) for total, cost in zip(totals, costs, strict=True)]
+    for name, total in zip(("rounds", "client updates", "examples", "GB"), totals, strict=True):
+        table.add_column(name, _write(total), justify="right", no_wrap=True)
+    for label, costs in rows:
+        table.add_row(Text(label), *map(_write, costs))
+    notes = [Text(f"not ready here: {reason} (first: {run})") for reason, run in reasons.items()]
+    return Group(table, *notes)
+
+
+def _costs(run: Run, prepared: Simulation) -> list[float | None]:
+    owners = prepared.problem.dataset.owners
+    updates = run.rounds * run.cohort
+    share, (low, high) = run.stragglers.fraction, run.stragglers.epochs
+    epochs = (1 - share) * run.client.epochs + share * (low + high) / 2
+    size = sum(prepared.problem.layout.sizes)
+    return [run.rounds, updates, updates * owners.sizes.mean() * epochs, 8e-9 * updates * size]
+
+
+def _write(cost: float | None) -> str:
+    return wording.MISSING if cost is None else f"{cost:,.0f}" if cost >= 100 else f"{cost:.3g}"

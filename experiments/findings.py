@@ -1,0 +1,127 @@
+"""What the studies share: finished runs by task and arm, and how a verdict is worded."""
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedinit import wording
+from fedinit.config import Run
+from fedinit.drawing import Drawing
+from fedinit.figures import draw_figures, label
+from fedinit.results import RunFolder
+from fedinit.statistics import Spread, paired_difference
+
+RANDOM, PRETRAINED = "random", "pretrained"
+BOTH = (RANDOM, PRETRAINED)
+BySeed = dict[int, float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run: its settings, its lines and its folder."""
+
+    run: Run
+    rounds: list[dict[str, Any]]
+    folder: RunFolder
+
+    @property
+    def final_accuracy(self) -> float | None:
+        """Test accuracy after the last round, in [0, 1]; None where targets are not labels."""
+        return self.rounds[-1]["test_accuracy"]
+
+    @property
+    def method(self) -> tuple[str, str]:
+        """Client and server optimizer."""
+        return self.run.client.optimizer, self.run.server.optimizer
+
+
+def tasks(
+    folder: Path, summary: Mapping[str, Any], compared: Iterable[str] = ()
+) -> dict[str, list[Result]]:
+    """Return the finished runs, grouped by all that a study does not compare.
+
+    Args:
+        folder: the results folder.
+        summary: its summary.
+        compared: the varied keys that the study compares, beside the initialization and the seed.
+
+    Returns:
+        Name of a task (data set, and any other varied setting) -> its runs.
+    """
+    own = {"initialization", "seed", *compared}
+    keys = [key for key in summary["varied"] if key not in own]
+    by_task: dict[str, list[Result]] = {}
+    for row in summary["runs"]:
+        if row["status"] == "done":
+            at = RunFolder(folder / row["run"])
+            result = Result(at.run, at.rounds, at)
+            by_task.setdefault(label(row, keys) or result.run.dataset, []).append(result)
+    return by_task
+
+
+def curves(name: str, title: str, folder: Path, summary: dict[str, Any]) -> Drawing:
+    """Draw test accuracy by round, a colour for each method and a dash for each initialization."""
+    drawn = draw_figures(folder, summary, ["test_accuracy"])
+    return replace(drawn[0], name=name, title=title) if drawn else Drawing(name, title, "", "")
+
+
+def by_arm(
+    results: Iterable[Result],
+    arm: Callable[[Result], Hashable],
+    value: Callable[[Result], float | None],
+) -> dict[Any, BySeed]:
+    """Return each arm's values by seed; runs without the value are left out."""
+    arms: dict[Any, BySeed] = {}
+    for result in results:
+        if (found := value(result)) is not None:
+            arms.setdefault(arm(result), {})[result.run.seed] = found
+    return arms
+
+
+def spread(values: BySeed) -> Spread:
+    """Mean and standard deviation over seeds."""
+    return Spread.of(list(values.values()))
+
+
+def change(before: BySeed, after: BySeed) -> str:
+    """Write the paired difference of two arms' accuracies, with its confidence interval."""
+    difference = paired_difference(before, after)
+    if difference is None:
+        return "no seed in common"
+    if difference.pairs == 1:
+        return wording.points(difference.mean)
+    return (
+        f"{wording.points(difference.mean)}, 95% interval {wording.points(difference.low)} to "
+        f"{wording.points(difference.high)} over {difference.pairs} seeds"
+    )
+
+
+def from_both(arms: Mapping[Any, BySeed], *keys: Hashable) -> bool:
+    """Whether there are values for every (key, initialization); for the initializations alone."""
+    wanted: list[Hashable] = [(key, start) for key in keys for start in BOTH]
+    return all(arm in arms for arm in wanted or BOTH)
+
+
+def against(random: BySeed, pretrained: BySeed) -> str:
+    """Write two arms' mean accuracies and their paired difference."""
+    return (
+        f"{wording.share(spread(pretrained).mean)} from pre-trained against "
+        f"{wording.share(spread(random).mean)} from random weights ({change(random, pretrained)})"
+    )
+
+
+def verdict(claim: str, found: Mapping[str, tuple[str, bool]]) -> str:
+    """Word a study's sentence: its claim, the numbers here, and whether they agree.
+
+    Args:
+        claim: what the study finds, to follow "The study finds that".
+        found: task -> its numbers in words, and whether they agree with the claim.
+    """
+    if not found:
+        return f"The study finds that {claim}; here the runs to compare have not finished."
+    told = (
+        f"on {task} {numbers}, which {'agrees' if agrees else 'does not agree'}"
+        for task, (numbers, agrees) in found.items()
+    )
+    return f"The study finds that {claim}; here, {'; '.join(told)}."

@@ -1,0 +1,41 @@
+"""Table 2: the test loss at round 0."""
+
+from pathlib import Path
+from typing import Any
+
+from experiments.findings import BOTH, PRETRAINED, RANDOM, by_arm, from_both, spread, tasks
+from fedinit import wording
+from fedinit.drawing import Drawing, to_csv
+from fedinit.report import Finding
+
+CLAIM = "the initial loss is not always lower from pre-trained weights"
+
+
+def study(folder: Path, summary: dict[str, Any]) -> Finding:
+    """Tabulate the loss of x before the first round; the claim is of all tasks together."""
+    losses = {}
+    for task, results in tasks(folder, summary).items():
+        arms = by_arm(results, lambda r: r.run.initialization, lambda r: r.rounds[0]["test_loss"])
+        if from_both(arms):
+            losses[task] = {start: spread(values) for start, values in arms.items()}
+    told = [
+        f"on {task} it is {wording.number(starts[PRETRAINED].mean)} from pre-trained against "
+        f"{wording.number(starts[RANDOM].mean)} from random weights"
+        for task, starts in losses.items()
+    ]
+    agrees = any(starts[PRETRAINED].mean >= starts[RANDOM].mean for starts in losses.values())
+    sentence = (
+        f"The study finds that {CLAIM}; here, {'; '.join(told)}, which "
+        f"{'agrees' if agrees else 'does not agree'}."
+        if told
+        else f"The study finds that {CLAIM}; here the runs to compare have not finished."
+    )
+    header = ["task", "initialization", "initial_test_loss", "standard_deviation", "seeds"]
+    rows, table = [], [["task", "initialization", "loss at round 0"]]
+    for task, starts in losses.items():
+        for start in BOTH:
+            found = starts[start]
+            rows.append([task, start, found.mean, found.deviation, found.count])
+            table.append([task, start, wording.spread(found, wording.number)])
+    drawing = Drawing("initial_loss", "Loss at round 0", "", to_csv(header, rows))
+    return Finding(drawing, sentence, table)

@@ -1,0 +1,251 @@
+"""`fedinit tune`: rates for each arm of an experiment, searched on held-out training examples.
+
+As in the study, client and server rates (and mu) are each arm's own: (method, data, model,
+initialization). A trial is a run of the arm with one combination of the values under search; its
+score is the mean validation loss of the last evaluations. The test set is never looked at.
+
+DIR/trials.db      every trial with its losses by round (Optuna's SQLite storage)
+DIR/rates.yaml     the best rates of each arm that is done, as rules for an experiment's `rules`
+"""
+
+import itertools
+import logging
+import math
+import shlex
+import sys
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import optuna
+import yaml
+from flwr.app import ArrayRecord
+from optuna.trial import FrozenTrial, Trial, TrialState
+from pydantic import PositiveInt, ValidationError
+
+from experiments.progress import Progress
+from experiments.running import DivergedError, train
+from experiments.wiring import Datasets, simulation
+from fedinit.config import Run, Strict, explain, get, one_line
+from fedinit.errors import RequestError
+from fedinit.experiment_file import Experiment, check_rules, matches, with_settings
+from fedinit.randomness import Draw, keyed, torch_seed
+from fedinit.results import to_json, write_atomically
+from fedinit.simulation import Workers
+
+RATES = "rates.yaml"
+_SCORED = 3  # last evaluations, averaged: one alone is noisy when cohorts are small
+_FREE = 2  # trials that are never stopped early; later ones are compared with the median
+_REQUEST, _TRIALS = "request.json", "trials.db"
+_FAILURE = "failure"
+
+
+class Tune(Strict):
+    """The `tune` section of an experiment file.
+
+    Attributes:
+        trials: combinations tried for each arm, drawn without replacement.
+        search: rules {match, set}; `set` maps a dotted key to the list of values to try, in order.
+            A later rule replaces an earlier one's list; null takes the key out of the search.
+    """
+
+    trials: PositiveInt = 12
+    search: list[Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm: its run, what identifies it, and the values to search."""
+
+    label: str
+    run: Run
+    match: dict[str, Any]
+    values: dict[str, list[Any]]
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """The run of every combination; each is validated by being made."""
+        combinations = itertools.product(*self.values.values())
+        return [
+            with_settings(self.run, dict(zip(self.values, each, strict=True)))
+            for each in combinations
+        ]
+
+    def run_of(self, trial: Trial) -> Run:
+        """Return the run of a trial."""
+        chosen = {key: trial.suggest_categorical(key, found) for key, found in self.values.items()}
+        return with_settings(self.run, chosen)
+
+
+def tune(
+    experiment: Experiment,
+    out: Path,
+    progress: Progress,
+    resume: bool = False,
+    address: str | None = None,
+) -> Path:
+    """Search every arm; return the path of the rates file, which grows with each arm.
+
+    Args:
+        experiment: its runs are the arms; its `tune` section says what is searched.
+        out: a new folder, or with `resume` one that an earlier call with the same request left.
+        progress: told of each arm and trial.
+        resume: whether to go on in `out`; no trial that has finished is repeated.
+        address: a running Ray cluster to join.
+
+    Raises:
+        RequestError: the request is wrong, or `out` holds something else. Nothing is written.
+    """
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    settings = _settings(experiment)
+    arms = [_arm(experiment, label, settings) for label in experiment.runs]
+    datasets = Datasets()
+    for arm in arms:
+        simulation(arm.runs[0], datasets)
+    request = to_json([settings.model_dump(), *(arm.run.model_dump() for arm in arms)], indent=1)
+    _open_folder(out, request, resume)
+    storage = f"sqlite:///{(out / _TRIALS).resolve()}"
+    rules: list[dict[str, Any]] = []
+    progress.note("starting the workers")
+    with Workers(
+        number=None if arms[0].run.workers == "auto" else arms[0].run.workers,
+        most=max(arm.run.cohort for arm in arms),
+        import_path=[str(experiment.folder)],
+        address=address,
+    ) as workers:
+        for arm in arms:
+            sampler = optuna.samplers.GridSampler(arm.values, seed=_seed(arm))
+            pruner = optuna.pruners.MedianPruner(n_startup_trials=_FREE)
+            study = optuna.create_study(
+                storage=storage,
+                study_name=arm.label,
+                load_if_exists=True,
+                sampler=sampler,
+                pruner=pruner,
+            )
+            number = min(settings.trials, len(arm.runs))
+            with progress.arm(arm.label, number) as report:
+                study.optimize(
+                    partial(_score, arm, workers, datasets),
+                    n_trials=number - len(_finished(study)),
+                    catch=Exception,  # whatever a user's model raises; the other trials go on
+                    callbacks=[lambda study, trial: report(len(_finished(study)), _told(trial))],
+                )
+            rules.append(_rule(arm, _finished(study)))
+            _write_rates(out / RATES, rules, settings)
+            progress.note(f"  best: {rules[-1]['set']} {rules[-1]['note']}")
+    return out / RATES
+
+
+def _settings(experiment: Experiment) -> Tune:
+    if experiment.tune is None:
+        raise RequestError(f"{experiment.name} has no `tune` section: nothing to search")
+    try:
+        settings = Tune.model_validate(experiment.tune)
+    except ValidationError as error:
+        raise explain(error, Tune.model_fields, "tune") from None
+    for rule in check_rules("tune.search", settings.search):
+        for key, values in rule["set"].items():
+            if values is not None and not (isinstance(values, list) and values):
+                raise RequestError(f"tune.search: {key}: expected a list of values, got {values!r}")
+    return settings
+
+
+def _arm(experiment: Experiment, label: str, settings: Tune) -> Arm:
+    run = experiment.runs[label]
+    if not run.validation:
+        raise RequestError("validation: fedinit tune needs a share of each client's examples, > 0")
+    values: dict[str, list[Any]] = {}
+    for rule in settings.search:
+        if matches(run, rule):
+            values |= rule["set"]
+    values = {key: found for key, found in values.items() if found is not None}
+    if not values:
+        raise RequestError(f"tune.search: no rule matches the run {label}")
+    match = {key: get(run, key) for key in experiment.varied}
+    return Arm(label, run, match, values)
+
+
+def _open_folder(out: Path, request: str, resume: bool) -> None:
+    earlier = out / _REQUEST
+    if resume and earlier.exists():
+        if earlier.read_text(encoding="utf-8") != request:
+            raise RequestError(f"--resume: {out} was made with another request; name another --out")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RequestError(f"--out {out}: not empty; continue it with --resume, or name another")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(earlier, request.encode())
+
+
+def _seed(arm: Arm) -> int:
+    """A seed for the order of the trials, of 32 bits as numpy's older generators want it."""
+    return torch_seed(keyed(Draw.SEARCH, arm.run.seed)) % 2**32
+
+
+def _score(arm: Arm, workers: Workers, datasets: Datasets, trial: Trial) -> float:
+    """Train one trial; stop it where it is worse than the median of those before at that round."""
+    prepared = simulation(arm.run_of(trial), datasets)
+    losses: list[float] = []
+
+    def record(line: dict[str, Any], _x: ArrayRecord) -> None:
+        if line["round"] and line["test_loss"] is not None and math.isfinite(line["test_loss"]):
+            losses.append(line["test_loss"])
+            trial.report(line["test_loss"], line["round"])
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+    try:
+        train(prepared, prepared.grid(workers, datasets), record)
+    except DivergedError:
+        raise optuna.TrialPruned from None
+    except Exception as error:
+        if not isinstance(error, optuna.TrialPruned):
+            trial.set_user_attr(_FAILURE, one_line(f"{type(error).__name__}: {error}"))
+        raise
+    return mean(losses[-_SCORED:])
+
+
+def _finished(study: optuna.Study) -> list[FrozenTrial]:
+    return study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+
+
+def _told(trial: FrozenTrial) -> str:
+    values = " ".join(f"{key}={value}" for key, value in trial.params.items())
+    if trial.state == TrialState.COMPLETE:
+        return f"{values}  validation loss {trial.value:.4g}"
+    if trial.state == TrialState.FAIL:
+        return f"{values}  failed: {trial.user_attrs.get(_FAILURE)}"
+    return f"{values}  stopped after round {trial.last_step or 0}"
+
+
+def _rule(arm: Arm, trials: list[FrozenTrial]) -> dict[str, Any]:
+    """Return the arm's rule for an experiment's `rules`, with what is to be known of it."""
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    if not complete:
+        return {"match": arm.match, "set": {}, "note": f"none of {len(trials)} trials was finite"}
+    best = min(complete, key=lambda trial: trial.value or 0.0)
+    note = (
+        f"validation loss {best.value:.4g}, best of {len(trials)} of {len(arm.runs)} combinations "
+        f"({len(trials) - len(complete)} stopped early)"
+    )
+    for key, values in arm.values.items():
+        if len(values) > 1 and best.params[key] in (values[0], values[-1]):
+            note += f"; {key} {best.params[key]} is on the edge of {values}"
+    return {"match": arm.match, "set": dict(best.params), "note": note}
+
+
+def _write_rates(path: Path, rules: list[dict[str, Any]], settings: Tune) -> None:
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "flwr", "optuna"))
+    about = {
+        "made_by": shlex.join(["fedinit", *sys.argv[1:]]),
+        "with": libraries,
+        "trials": settings.trials,
+        "search": settings.search,
+    }
+    text = yaml.safe_dump({"about": about, "when": rules}, sort_keys=False, width=100)
+    write_atomically(path, text.encode())

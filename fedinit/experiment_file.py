@@ -1,0 +1,282 @@
+"""An experiment file: a run's settings and, beside them, what varies from run to run.
+
+name      what the experiment is called
+study     the figure or table that its results are shown as (see `fedinit list`)
+grid      dotted key -> list of values: every combination is a run; or a list of such mappings
+when      a list of rules {match: {dotted key: value}, set: {dotted key: value}}, applied in order
+rules     files beside this one with further rules under `when`, applied before its own
+presets   name -> settings, grid, when ... laid over the file's; the first one is the default
+tune      what `fedinit tune` searches
+"""
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from fedinit.config import FREE_FORM, Run, dotted_keys, get, make_run, one_line
+from fedinit.errors import RequestError, unknown
+
+LONGEST = 150  # characters of a run's name
+
+
+class Experiment(BaseModel):
+    """The runs that one file asks for, and the settings in which they differ."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    folder: Path
+    varied: list[str]
+    runs: dict[str, Run]
+    study: str | None = None
+    tune: dict[str, Any] | None = None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader that reads `1e-3` as the number it is (YAML 1.2), not as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_value(text: str) -> Any:
+    """Read one YAML value, as `--set key=value` gives it."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise RequestError(f"'{text}' is not a YAML value: {one_line(error)}") from None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a YAML file of `key: value` settings.
+
+    Raises:
+        RequestError: the file cannot be read, or holds something else.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} is not YAML: {one_line(error)}") from None
+    if not _is_settings(content):
+        raise RequestError(f"{path}: expected `key: value` settings at the top level")
+    return content
+
+
+def load_experiment(
+    path: Path, overrides: Iterable[str] = (), preset: str | None = None
+) -> Experiment:
+    """Read an experiment file, or a single run, and spell out its runs.
+
+    Args:
+        path: a YAML file.
+        overrides: `dotted.key=value` settings that win over the file's, its grid and its rules;
+            a key that starts with `grid.` sets or adds an axis.
+        preset: which of the file's presets; by default the first one.
+
+    Raises:
+        RequestError: the file cannot be read, or any of its runs is not valid.
+    """
+    raw = read_settings(path)
+    try:
+        raw = _lay_preset_over(raw, preset)
+        grids = _grids(raw.pop("grid", None))
+        fixed: dict[str, Any] = {}
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if not equals:
+                raise RequestError(f"--set {override}: expected dotted.key=value")
+            if key.startswith("grid."):
+                grids = _grids([grid | {key[5:]: parse_value(text)} for grid in grids])
+            else:
+                fixed[key] = parse_value(text)
+        rules = [rule for file in _files(raw) for rule in _rules_of(path.parent / file)]
+        rules += check_rules("when", raw.pop("when", None) or [])
+        beside = {key: raw.pop(key, None) for key in ("name", "study", "tune")}
+        name = path.stem if beside["name"] is None else beside["name"]
+        if not isinstance(name, str) or _slug(name) != name or not name.strip("."):
+            raise RequestError(f"name: letters, digits and . _ = , - only, got {name!r}")
+        for key, kind in (("study", str), ("tune", dict)):
+            if not isinstance(beside[key], kind | None):
+                raise RequestError(f"{key}: expected a {kind.__name__}, got {beside[key]!r}")
+        folder = path.resolve().parent
+        runs = _spell_out(name, folder, raw, grids, rules, fixed)
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from None
+    varied = dict.fromkeys(key for grid in grids for key in grid if key not in fixed)
+    return Experiment(
+        name=name,
+        folder=folder,
+        varied=list(varied),
+        runs=runs,
+        study=beside["study"],
+        tune=beside["tune"],
+    )
+
+
+def check_rules(key: str, rules: Any) -> list[dict[str, Any]]:
+    """Return a list of {match, set} rules, each with an optional `note`, as it was given.
+
+    Raises:
+        RequestError: it is something else.
+    """
+    for rule in rules if isinstance(rules, list) else [rules]:
+        good = isinstance(rule, dict) and {"match", "set"} <= set(rule) <= {"match", "set", "note"}
+        if not isinstance(rules, list) or not (
+            good and _is_settings(rule["match"]) and _is_settings(rule["set"])
+        ):
+            raise RequestError(
+                f"{key}: expected a list of {{match: {{dotted key: value}}, "
+                f"set: {{dotted key: value}}}}, got {rule!r}"
+            )
+    return rules
+
+
+def matches(run: Run, rule: Mapping[str, Any]) -> bool:
+    """Whether a run has every value that a rule's `match` names."""
+    return all(get(run, key) == value for key, value in rule["match"].items())
+
+
+def with_settings(run: Run, dotted: Mapping[str, Any]) -> Run:
+    """Return a run with some settings, named by dotted keys, replaced.
+
+    Raises:
+        RequestError: a key is unknown, or a value is not valid.
+    """
+    settings = run.model_dump(mode="json")
+    _apply(settings, dotted)
+    return make_run(settings)
+
+
+def _lay_preset_over(raw: dict[str, Any], preset: str | None) -> dict[str, Any]:
+    presets = raw.pop("presets", None) or {}
+    if not _is_settings(presets) or not all(_is_settings(each) for each in presets.values()):
+        raise RequestError("presets: expected `name: {key: value}`")
+    if not presets and preset is None:
+        return raw
+    chosen = next(iter(presets)) if preset is None else preset
+    if chosen not in presets:
+        raise unknown("--preset", chosen, presets)
+    over = presets[chosen]
+    rules = {
+        key: _list(raw, key) + _list(over, key)
+        for key in ("rules", "when")
+        if key in raw or key in over
+    }
+    return _merge(raw, over) | rules
+
+
+def _list(settings: dict[str, Any], key: str) -> list[Any]:
+    value = settings.get(key) or []
+    if not isinstance(value, list):
+        raise RequestError(f"{key}: expected a list, got {value!r}")
+    return value
+
+
+def _merge(below: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    return below | {
+        key: _merge(below[key], value)
+        if key != "grid" and isinstance(value, dict) and isinstance(below.get(key), dict)
+        else value
+        for key, value in over.items()
+    }
+
+
+def _files(raw: dict[str, Any]) -> list[str]:
+    files = _list(raw, "rules")
+    raw.pop("rules", None)
+    if not all(isinstance(file, str) for file in files):
+        raise RequestError(f"rules: expected a list of files, got {files!r}")
+    return files
+
+
+def _rules_of(path: Path) -> list[dict[str, Any]]:
+    content = read_settings(path)
+    return check_rules(f"{path}: when", content.get("when"))
+
+
+def _grids(given: Any) -> list[dict[str, list[Any]]]:
+    grids = given if isinstance(given, list) and given else [given or {}]
+    for grid in grids:
+        if not _is_settings(grid):
+            raise RequestError(f"grid: expected `dotted.key: [values]`, got {grid!r}")
+        for key, values in grid.items():
+            if not isinstance(values, list) or not values:
+                raise RequestError(f"grid: {key}: expected a list of values, got {values!r}")
+    return grids
+
+
+def _spell_out(
+    name: str,
+    folder: Path,
+    raw: dict[str, Any],
+    grids: list[dict[str, list[Any]]],
+    rules: list[dict[str, Any]],
+    fixed: dict[str, Any],
+) -> dict[str, Run]:
+    runs: dict[str, Run] = {}
+    for grid in grids:
+        labels = set()
+        axes = {key: values for key, values in grid.items() if key not in fixed}
+        for combination in itertools.product(*axes.values()):
+            arm = dict(zip(axes, combination, strict=True))
+            settings = deepcopy(raw)
+            _apply(settings, arm | fixed)
+            run = make_run(settings)
+            for rule in rules:
+                if matches(run, rule):
+                    _apply(settings, rule["set"] | fixed)
+                    run = make_run(settings)
+            label = _label(arm) or name
+            run = _with_weights_beside(run, folder)
+            # Grids may meet where --set has fixed what told them apart; a grid's own runs differ.
+            if label in labels or runs.setdefault(label, run) != run:
+                raise RequestError(f"grid: two runs are both {label}")
+            labels.add(label)
+    return runs
+
+
+def _label(arm: Mapping[str, Any]) -> str:
+    """Name a run, and its folder, by the settings that vary; file systems bound the length."""
+    label = ",".join(f"{key}={_slug(str(value))}" for key, value in arm.items())
+    return label if len(label) <= LONGEST else f"{label[:LONGEST]}-{crc32(label.encode()):08x}"
+
+
+def _with_weights_beside(run: Run, folder: Path) -> Run:
+    """Let a relative path to weights mean: beside the experiment file."""
+    if not Path(run.initialization).suffix:
+        return run
+    return run.model_copy(update={"initialization": str(folder / run.initialization)})
+
+
+def _apply(settings: dict[str, Any], dotted: Mapping[str, Any]) -> None:
+    for key, value in dotted.items():
+        *sections, last = key.split(".")
+        if sections and sections[0] not in FREE_FORM and key not in dotted_keys():
+            raise unknown("key", key, dotted_keys())
+        inner = settings
+        for section in sections:
+            inner = inner.setdefault(section, {})
+            if not isinstance(inner, dict):
+                raise RequestError(f"{key}: {section} holds {inner!r}, not a mapping")
+        inner[last] = deepcopy(value)
+
+
+def _is_settings(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.=,-]+", "_", text)
