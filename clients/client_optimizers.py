@@ -3,7 +3,7 @@
 sgd      mini-batch SGD (McMahan et al. 2017, FedAvg)
 gd       no local steps: the update is the full-batch gradient (FedSGD with server sgd)
 proximal SGD on F_i(y) + mu/2 ||y - x||^2 (Li et al. 2020, FedProx, eq. 2)
-nova     SGD; the update is divided by the local work a_i (Wang et al. 2020, FedNova, eq. 6)
+nova     SGD; the mean is of updates divided by the local work (Wang et al. 2020, FedNova, eq. 6)
 mimelite SGD steps with the server's optimizer state, frozen (Karimireddy et al. 2020, MimeLite)
 """
 
@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 
 from clients.local_training import LocalTraining
+from fedinit.cohort import LOCAL_NORM
 from fedinit.config import Client
 from fedinit.parameters import Array, tensor
 
@@ -49,7 +50,11 @@ def sgd(training: LocalTraining, _server: ServerState | None) -> Update:
 
 
 def gd(training: LocalTraining, _server: ServerState | None) -> Update:
-    """Return y = x - g with g the full-batch gradient at x; no client rate, no local epochs."""
+    """Return y = x - g with g the full-batch gradient at x; no client rate, no local epochs.
+
+    y is rounded to the model's dtype, as any client's is: in float32 an entry of g far below 1e-7
+    of x's is lost.
+    """
     return Update(training.workspace.start - training.full_gradient())
 
 
@@ -60,12 +65,11 @@ def proximal(training: LocalTraining, _server: ServerState | None) -> Update:
 
 
 def nova(training: LocalTraining, _server: ServerState | None) -> Update:
-    """SGD (proximal when mu > 0) whose update is D_i / a_i; the server rescales by the mean a_i."""
+    """SGD (proximal when mu > 0) that tells a_i: the mean is of D_i / a_i, times the mean a_i."""
     settings = training.run.client
     training.descend(_sgd_step(training, settings.mu))
     norm = accumulated_norm(settings, training.steps)
-    start = training.workspace.start
-    return Update(start - (start - training.workspace.flat) / norm, {"local-norm": norm})
+    return Update(training.workspace.flat.clone(), {LOCAL_NORM: norm})
 
 
 def mimelite(training: LocalTraining, server: ServerState | None) -> Update:

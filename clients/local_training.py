@@ -1,6 +1,7 @@
 """The one training loop, on a model that is kept and reset in place for each client."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import flwr.app
@@ -103,30 +104,37 @@ class LocalTraining:
 
     def descend(self, step: Callable[[], None]) -> None:
         """Compute the gradients of each batch, bound their norm, and call `step`."""
-        bound = self.run.client.max_grad_norm
         for rows in self.batches():
             self._clear_gradients()
             self._losses(rows).mean().backward()
-            if bound is not None:
-                torch.nn.utils.clip_grad_norm_(self.workspace.parameters, bound)
+            self._bound_gradients()
             step()
             self.steps += 1
 
     def full_gradient(self, count: bool = True) -> Tensor:
         """Return the gradient of the client's mean loss at the current weights, as one vector.
 
+        Its norm is bounded as a batch's is.
+
         Args:
-            count: whether this visit of every example enters the train metrics.
+            count: whether this is the training itself: if not, it leaves no trace in the train
+                metrics, in the model's buffers, or in the draws that follow.
         """
         self._clear_gradients()
         size = self.run.client.batch_size
-        for first in range(0, len(self.rows), size):
-            self._losses(self.rows[first : first + size], count).sum().backward()
+        fixed = {} if count else {name: v.clone() for name, v in self.workspace.fixed.items()}
+        with nullcontext() if count else torch.random.fork_rng(devices=[]):
+            for first in range(0, len(self.rows), size):
+                losses = self._losses(self.rows[first : first + size], count)
+                (losses.sum() / len(self.rows)).backward()
+        for name, value in fixed.items():
+            self.workspace.fixed[name].copy_(value)
+        self._bound_gradients()
         gradients = [
             torch.zeros_like(each) if each.grad is None else each.grad
             for each in self.workspace.parameters
         ]
-        return torch.cat([each.reshape(-1) for each in gradients]) / len(self.rows)
+        return torch.cat([each.reshape(-1) for each in gradients])
 
     def metrics(self) -> dict[str, float]:
         """Return the client's examples and its means over every example visited."""
@@ -134,6 +142,11 @@ class LocalTraining:
         if self.correct is not None:
             means["train-accuracy"] = self.correct / self.examples_seen
         return {"num-examples": len(self.rows), **means}
+
+    def _bound_gradients(self) -> None:
+        bound = self.run.client.max_grad_norm
+        if bound is not None:
+            torch.nn.utils.clip_grad_norm_(self.workspace.parameters, bound)
 
     def _clear_gradients(self) -> None:
         for parameter in self.workspace.parameters:

@@ -6,22 +6,23 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.studies import check_study
-from experiments.wiring import Datasets, Simulation, simulation
+from experiments.wiring import Datasets, check_methods, problem_of
 from fedinit import wording
 from fedinit.config import Run
 from fedinit.errors import RequestError
 from fedinit.experiment_file import Experiment
+from fedinit.problem import Problem
 
 
 def cost_table(experiment: Experiment) -> Group:
     """List the runs with rounds, client updates, examples visited in training, and traffic.
 
     Updates are rounds x cohort; examples are expected ones (updates x a client's mean examples x
-    its expected local epochs); traffic is x down and up again for each update. A run whose data or
-    weights are not here has no examples and traffic, and the reasons follow the table.
+    its expected local epochs); traffic is x down and up again for each update. A run whose data
+    are not here has no examples and traffic, and the reasons follow the table.
 
     Raises:
-        RequestError: the study or a method is unknown.
+        RequestError: a request is wrong in anything but its data.
     """
     check_study(experiment.study)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, show_footer=True)
@@ -31,11 +32,14 @@ def cost_table(experiment: Experiment) -> Group:
     reasons: dict[str, str] = {}
     datasets = Datasets()
     for label, run in experiment.runs.items():
+        check_methods(run)
+        costs: list[float | None] = [run.rounds, run.rounds * run.cohort, None, None]
         try:
-            costs = _costs(run, simulation(run, datasets))
+            datasets.load(run)
         except RequestError as error:
             reasons.setdefault(str(error), label)
-            costs = [run.rounds, run.rounds * run.cohort, None, None]
+        else:
+            costs[2:] = _work(run, problem_of(run, datasets))
         rows.append((label, costs))
         totals = [total + (cost or 0) for total, cost in zip(totals, costs, strict=True)]
     for name, total in zip(("rounds", "client updates", "examples", "GB"), totals, strict=True):
@@ -46,13 +50,14 @@ def cost_table(experiment: Experiment) -> Group:
     return Group(table, *notes)
 
 
-def _costs(run: Run, prepared: Simulation) -> list[float | None]:
-    owners = prepared.problem.dataset.owners
+def _work(run: Run, problem: Problem) -> list[float]:
+    """Return the examples that a run visits in training, and the GB that x makes to and fro."""
     updates = run.rounds * run.cohort
     share, (low, high) = run.stragglers.fraction, run.stragglers.epochs
     epochs = (1 - share) * run.client.epochs + share * (low + high) / 2
-    size = sum(prepared.problem.layout.sizes)
-    return [run.rounds, updates, updates * owners.sizes.mean() * epochs, 8e-9 * updates * size]
+    arrays = problem.model.state_dict().values()
+    size = sum(each.numel() * each.element_size() for each in arrays)
+    return [updates * problem.dataset.owners.sizes.mean() * epochs, 2e-9 * updates * size]
 
 
 def _write(cost: float | None) -> str:

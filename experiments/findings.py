@@ -118,10 +118,23 @@ def verdict(claim: str, found: Mapping[str, tuple[str, bool]]) -> str:
         claim: what the study finds, to follow "The study finds that".
         found: task -> its numbers in words, and whether they agree with the claim.
     """
-    if not found:
-        return f"The study finds that {claim}; here the runs to compare have not finished."
-    told = (
-        f"on {task} {numbers}, which {'agrees' if agrees else 'does not agree'}"
-        for task, (numbers, agrees) in found.items()
+    return _worded(
+        claim,
+        [f"on {task} {numbers}, {_which(agrees)}" for task, (numbers, agrees) in found.items()],
     )
+
+
+def verdict_on_all(claim: str, found: Mapping[str, str], agrees: bool) -> str:
+    """Word the sentence of a claim that is about all tasks together; arguments as `verdict`'s."""
+    told = "; ".join(f"on {task} {numbers}" for task, numbers in found.items())
+    return _worded(claim, [f"{told}, {_which(agrees)}"] if told else [])
+
+
+def _which(agrees: bool) -> str:
+    return "which agrees" if agrees else "which does not agree"
+
+
+def _worded(claim: str, told: list[str]) -> str:
+    if not told:
+        return f"The study finds that {claim}; here the runs to compare have not finished."
     return f"The study finds that {claim}; here, {'; '.join(told)}."

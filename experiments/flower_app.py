@@ -17,6 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from experiments.cli import find_experiment
 from experiments.running import execute
 from experiments.wiring import Datasets, Simulation, client_app, simulation
+from fedinit.config import one_line
 from fedinit.errors import RequestError
 from fedinit.experiment_file import Experiment, load_experiment
 from fedinit.registry import add_to_path
@@ -32,12 +33,18 @@ def main(grid: Grid, context: Context) -> None:
     """Carry out the run and write its results folder, as `fedinit run` does."""
     prepared = _simulation(*_request(context))
     out = Path(str(context.run_config["out"]))
+    folder = RunFolder(out / "run")
+    if not out.is_absolute() or folder.path.exists():
+        raise RequestError(f"out: expected the absolute path of a new folder, got '{out}'")
     observed = ObservedGrid(grid, prepared.problem.layout)
     _wait_for_nodes(grid, prepared.clients)
-    execute(
-        prepared, observed, RunFolder(out / "run"), lambda _line: None
-    )  # Flower logs each round
-    summarize(out, Experiment(name="run", folder=out, varied=[], runs={"run": prepared.run}))
+    try:
+        execute(prepared, observed, folder, lambda _line: None)  # Flower logs each round
+    except Exception as error:
+        folder.fail(one_line(f"{type(error).__name__}: {error}"))
+        raise
+    finally:
+        summarize(out, Experiment(name="run", folder=out, varied=[], runs={"run": prepared.run}))
 
 
 @client.train()

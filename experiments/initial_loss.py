@@ -3,7 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from experiments.findings import BOTH, PRETRAINED, RANDOM, by_arm, from_both, spread, tasks
+from experiments.findings import (
+    BOTH,
+    PRETRAINED,
+    RANDOM,
+    by_arm,
+    from_both,
+    spread,
+    tasks,
+    verdict_on_all,
+)
 from fedinit import wording
 from fedinit.drawing import Drawing, to_csv
 from fedinit.report import Finding
@@ -18,18 +27,12 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
         arms = by_arm(results, lambda r: r.run.initialization, lambda r: r.rounds[0]["test_loss"])
         if from_both(arms):
             losses[task] = {start: spread(values) for start, values in arms.items()}
-    told = [
-        f"on {task} it is {wording.number(starts[PRETRAINED].mean)} from pre-trained against "
+    told = {
+        task: f"it is {wording.number(starts[PRETRAINED].mean)} from pre-trained against "
         f"{wording.number(starts[RANDOM].mean)} from random weights"
         for task, starts in losses.items()
-    ]
+    }
     agrees = any(starts[PRETRAINED].mean >= starts[RANDOM].mean for starts in losses.values())
-    sentence = (
-        f"The study finds that {CLAIM}; here, {'; '.join(told)}, which "
-        f"{'agrees' if agrees else 'does not agree'}."
-        if told
-        else f"The study finds that {CLAIM}; here the runs to compare have not finished."
-    )
     header = ["task", "initialization", "initial_test_loss", "standard_deviation", "seeds"]
     rows, table = [], [["task", "initialization", "loss at round 0"]]
     for task, starts in losses.items():
@@ -38,4 +41,4 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
             rows.append([task, start, found.mean, found.deviation, found.count])
             table.append([task, start, wording.spread(found, wording.number)])
     drawing = Drawing("initial_loss", "Loss at round 0", "", to_csv(header, rows))
-    return Finding(drawing, sentence, table)
+    return Finding(drawing, verdict_on_all(CLAIM, told, agrees), table)

@@ -4,7 +4,8 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,12 @@ from fedinit.experiment_file import Experiment
 from fedinit.measurements.hessian import top_hessian_eigenvalues
 from fedinit.randomness import Draw, keyed
 from fedinit.results import RunFolder, summarize
-from fedinit.simulation import Workers
+from fedinit.simulation import RayGrid, Workers
+from fedinit.simulation.observed_grid import ObservedGrid
 
+MeasuringGrid = RayGrid | ObservedGrid  # a Flower grid that sums over the updates it carries
 _NO_TIMEOUT = 1e8  # seconds; a slow round is no reason to drop its clients
+_TEST_PARTS = 8  # that the test set is evaluated in: enough to keep the workers busy
 _HESSIAN_BATCH = 128  # rows of one Hessian-vector product at a time
 _HESSIAN_TOLERANCE = 1e-3  # of the eigenvalues, relative
 
@@ -64,10 +68,6 @@ def run_experiment(
                 f"{error} (run {label})" if experiment.varied else str(error)
             ) from None
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError(f"--out {out}: {error.strerror}") from None
     todo = {
         label: run
         for label, run in experiment.runs.items()
@@ -76,17 +76,22 @@ def run_experiment(
     for setting in dict.fromkeys(run.workers for run in todo.values()):
         alike = {label: run for label, run in todo.items() if run.workers == setting}
         progress.note("starting the workers")
-        with Workers(
-            number=None if setting == "auto" else setting,
-            most=max(run.cohort for run in alike.values()),
-            import_path=[str(experiment.folder)],
-            address=address,
-        ) as workers:
+        with (
+            results_folder(out),
+            Workers(
+                number=None if setting == "auto" else setting,
+                most=max(run.cohort for run in alike.values()),
+                import_path=[str(experiment.folder)],
+                address=address,
+            ) as workers,
+        ):
             for label, run in alike.items():
                 folder = RunFolder(out / label)
                 try:
                     prepared = simulation(run, datasets)
                     with progress.run(label, run.rounds, str(prepared.initialization)) as report:
+                        if run.measure.hessian:
+                            progress.note("  measuring the Hessian's top eigenvalues")
                         execute(prepared, prepared.grid(workers, datasets), folder, report)
                 except Exception as error:  # the other runs go on
                     folder.fail(f"{type(error).__name__}: {' '.join(str(error).split())}")
@@ -97,7 +102,7 @@ def run_experiment(
 
 def execute(
     prepared: Simulation,
-    grid: Grid,
+    grid: MeasuringGrid,
     folder: RunFolder,
     report: Callable[[dict[str, Any]], None],
 ) -> None:
@@ -105,7 +110,7 @@ def execute(
 
     Args:
         prepared: the run.
-        grid: RayGrid, or any Flower grid.
+        grid: RayGrid, or under Flower's own runtime ObservedGrid.
         folder: where its lines and final weights go.
         report: called with each round's line.
     """
@@ -125,13 +130,13 @@ def execute(
 
 
 def train(
-    prepared: Simulation, grid: Grid, record: Callable[[dict[str, Any], ArrayRecord], None]
+    prepared: Simulation, grid: MeasuringGrid, record: Callable[[dict[str, Any], ArrayRecord], None]
 ) -> ArrayRecord:
     """Train one run on a grid.
 
     Args:
         prepared: the run.
-        grid: RayGrid, or any Flower grid.
+        grid: RayGrid, or under Flower's own runtime ObservedGrid.
         record: called with each round's line and x, from round 0 on.
 
     Returns:
@@ -163,21 +168,22 @@ class Recorder:
     def __init__(
         self,
         prepared: Simulation,
-        grid: Grid,
+        grid: MeasuringGrid,
         record: Callable[[dict[str, Any], ArrayRecord], None],
     ) -> None:
         self._prepared = prepared
         self._grid = grid
         self._record = record
+        self._parts = min(_TEST_PARTS, prepared.problem.dataset.test_size)
         self._previous: torch.Tensor | None = None  # the last aggregate
         self._since = time.perf_counter()
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Record the round that just ended; return the test metrics if x was tested."""
         run = self._prepared.run
-        sums: CohortSums | None = self._grid.take_sums()  # type: ignore[attr-defined]
+        sums = self._grid.take_sums()
         due = server_round % run.evaluate_every == 0 or server_round == run.rounds
-        tested = evaluate_test(self._grid, arrays) if due else {}
+        tested = evaluate_test(self._grid, arrays, self._parts) if due else {}
         now = time.perf_counter()
         line = {
             "round": server_round,
@@ -197,7 +203,7 @@ class Recorder:
 
     def _training(self, sums: CohortSums) -> dict[str, Any]:
         metrics = sums.mean_metrics()
-        aggregate = sums.mean_update() * metrics.get("local-norm", 1.0)
+        aggregate = sums.mean_update()
         previous, self._previous = self._previous, aggregate
         return {
             "train_loss": metrics.get("train-loss"),
@@ -231,8 +237,8 @@ def initial_curvature(prepared: Simulation) -> dict[str, float | int]:
     return {f"hessian_{name}": value for name, value in asdict(top).items()}
 
 
-def evaluate_test(grid: Grid, arrays: ArrayRecord, parts: int = 8) -> dict[str, float]:
-    """Evaluate x on the test set, in parts by as many nodes.
+def evaluate_test(grid: Grid, arrays: ArrayRecord, parts: int) -> dict[str, float]:
+    """Evaluate x on the test set, in `parts` by as many nodes, or by all if there are fewer.
 
     Returns:
         `loss` and, where targets are labels, `accuracy`.
@@ -273,6 +279,25 @@ def _cosine(first: torch.Tensor | None, second: torch.Tensor) -> float:
         return math.nan
     norms = (first.norm() * second.norm()).item()
     return torch.dot(first, second).item() / norms if norms > 0 else math.nan
+
+
+@contextmanager
+def results_folder(out: Path) -> Iterator[None]:
+    """Make a folder; it goes again if the request is refused before anything was written.
+
+    Raises:
+        RequestError: it cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"--out {out}: {error.strerror}") from None
+    try:
+        yield
+    except RequestError:
+        if not any(out.iterdir()):
+            out.rmdir()
+        raise
 
 
 def _check_folder(experiment: Experiment, out: Path, resume: bool) -> None:

@@ -11,8 +11,7 @@ DIR/rates.yaml     the best rates of each arm that is done, as rules for an expe
 import itertools
 import logging
 import math
-import shlex
-import sys
+import os
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -27,7 +26,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import PositiveInt, ValidationError
 
 from experiments.progress import Progress
-from experiments.running import DivergedError, train
+from experiments.running import DivergedError, results_folder, train
 from experiments.wiring import Datasets, simulation
 from fedinit.config import Run, Strict, explain, get, one_line
 from fedinit.errors import RequestError
@@ -106,17 +105,25 @@ def tune(
     datasets = Datasets()
     for arm in arms:
         simulation(arm.runs[0], datasets)
-    request = to_json([settings.model_dump(), *(arm.run.model_dump() for arm in arms)], indent=1)
-    _open_folder(out, request, resume)
+    described = [
+        settings.model_dump(mode="json"),
+        *(arm.run.model_dump(mode="json") for arm in arms),
+    ]
+    request = to_json(described, indent=1)
+    _check_folder(out, request, resume)
     storage = f"sqlite:///{(out / _TRIALS).resolve()}"
     rules: list[dict[str, Any]] = []
     progress.note("starting the workers")
-    with Workers(
-        number=None if arms[0].run.workers == "auto" else arms[0].run.workers,
-        most=max(arm.run.cohort for arm in arms),
-        import_path=[str(experiment.folder)],
-        address=address,
-    ) as workers:
+    with (
+        results_folder(out),
+        Workers(
+            number=None if arms[0].run.workers == "auto" else arms[0].run.workers,
+            most=max(arm.run.cohort for arm in arms),
+            import_path=[str(experiment.folder)],
+            address=address,
+        ) as workers,
+    ):
+        write_atomically(out / _REQUEST, request.encode())
         for arm in arms:
             sampler = optuna.samplers.GridSampler(arm.values, seed=_seed(arm))
             pruner = optuna.pruners.MedianPruner(n_startup_trials=_FREE)
@@ -136,7 +143,7 @@ def tune(
                     callbacks=[lambda study, trial: report(len(_finished(study)), _told(trial))],
                 )
             rules.append(_rule(arm, _finished(study)))
-            _write_rates(out / RATES, rules, settings)
+            _write_rates(out / RATES, experiment.name, rules, settings)
             progress.note(f"  best: {rules[-1]['set']} {rules[-1]['note']}")
     return out / RATES
 
@@ -167,10 +174,12 @@ def _arm(experiment: Experiment, label: str, settings: Tune) -> Arm:
     if not values:
         raise RequestError(f"tune.search: no rule matches the run {label}")
     match = {key: get(run, key) for key in experiment.varied}
+    if Path(start := str(match.get("initialization"))).suffix:  # as a file beside it would say it
+        match["initialization"] = os.path.relpath(start, experiment.folder)
     return Arm(label, run, match, values)
 
 
-def _open_folder(out: Path, request: str, resume: bool) -> None:
+def _check_folder(out: Path, request: str, resume: bool) -> None:
     earlier = out / _REQUEST
     if resume and earlier.exists():
         if earlier.read_text(encoding="utf-8") != request:
@@ -178,8 +187,6 @@ def _open_folder(out: Path, request: str, resume: bool) -> None:
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError(f"--out {out}: not empty; continue it with --resume, or name another")
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(earlier, request.encode())
 
 
 def _seed(arm: Arm) -> int:
@@ -239,10 +246,10 @@ def _rule(arm: Arm, trials: list[FrozenTrial]) -> dict[str, Any]:
     return {"match": arm.match, "set": dict(best.params), "note": note}
 
 
-def _write_rates(path: Path, rules: list[dict[str, Any]], settings: Tune) -> None:
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "flwr", "optuna"))
+def _write_rates(path: Path, name: str, rules: list[dict[str, Any]], settings: Tune) -> None:
+    libraries = ", ".join(f"{each} {version(each)}" for each in ("torch", "flwr", "optuna"))
     about = {
-        "made_by": shlex.join(["fedinit", *sys.argv[1:]]),
+        "made_by": f"fedinit tune {name}",
         "with": libraries,
         "trials": settings.trials,
         "search": settings.search,

@@ -31,28 +31,21 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {"fedopt": FedOpt}
 
 
 class Datasets:
-    """Data sets by what names them, loaded once and put into Ray's object store once."""
+    """Data sets by what names them, loaded once."""
 
     def __init__(self) -> None:
         self._loaded: dict[str, FederatedDataset] = {}
-        self._stored: dict[str, ray.ObjectRef] = {}
 
     def load(self, run: Run) -> FederatedDataset:
         """Return a run's data set, not partitioned."""
-        key = self._key(run)
+        key = self.key(run)
         if key not in self._loaded:
             self._loaded[key] = load_dataset(run)
         return self._loaded[key]
 
-    def store(self, run: Run) -> ray.ObjectRef:
-        """Return a run's data set in shared memory."""
-        key = self._key(run)
-        if key not in self._stored:
-            self._stored[key] = ray.put(self.load(run))
-        return self._stored[key]
-
     @staticmethod
-    def _key(run: Run) -> str:
+    def key(run: Run) -> str:
+        """Return what names a run's data set."""
         return json.dumps([run.dataset, run.dataset_args], sort_keys=True, default=str)
 
 
@@ -74,10 +67,11 @@ class Simulation:
     def grid(self, workers: Workers, datasets: Datasets) -> RayGrid:
         """Build the grid of this run on the given workers."""
         dealt = self.problem.dataset
+        stored = workers.store(datasets.key(self.run), lambda: datasets.load(self.run))
         clients = ray.put((dealt.owners, dealt.held_out))
         return RayGrid(
             workers,
-            partial(_worker_app, self.run, datasets.store(self.run), clients),
+            partial(_worker_app, self.run, stored, clients),
             self.clients,
             self.problem.layout,
             self._reduction(),
@@ -109,26 +103,44 @@ def simulation(run: Run, datasets: Datasets) -> Simulation:
         RequestError: a name is unknown, data or weights are missing, corrupt or do not fit, or
             the sizes are impossible.
     """
+    problem = problem_of(run, datasets)
+    record = initialize(run, problem)
+    _try(run, problem)
+    strategy = make_strategy(run, problem)
+    if run.client.optimizer in NEED_FEDOPT and not isinstance(strategy, FedOpt):
+        raise RequestError(f"client.optimizer: {run.client.optimizer} needs strategy fedopt")
+    return Simulation(run, problem, problem.layout.record_of(problem.model), record, strategy)
+
+
+def problem_of(run: Run, datasets: Datasets) -> Problem:
+    """Build what a run's clients optimize, with random weights.
+
+    Raises:
+        RequestError: a name is unknown, the data are missing or corrupt, or sizes are impossible.
+    """
+    check_methods(run)
+    dataset = with_validation(
+        partitioned(datasets.load(run), run.partition, run.seed), run.validation, run.seed
+    )
+    if run.cohort > len(dataset.owners):
+        raise RequestError(f"cohort: {run.cohort} of only {len(dataset.owners)} clients")
+    return build_problem(run, dataset)
+
+
+def check_methods(run: Run) -> None:
+    """Check what can be checked of a run without its data.
+
+    Raises:
+        RequestError: an optimizer is unknown, or the stragglers' range is reversed.
+    """
     for kind, name, known in (
         ("client.optimizer", run.client.optimizer, CLIENT_OPTIMIZERS),
         ("server.optimizer", run.server.optimizer, SERVER_OPTIMIZERS),
     ):
         if name not in known:
             raise unknown(kind, name, known)
-    if run.strategy != "fedopt" and run.client.optimizer in NEED_FEDOPT:
-        raise RequestError(f"client.optimizer: {run.client.optimizer} needs strategy fedopt")
     if run.stragglers.epochs[0] > run.stragglers.epochs[1]:
         raise RequestError(f"stragglers.epochs: {list(run.stragglers.epochs)} is not [low, high]")
-    dataset = with_validation(
-        partitioned(datasets.load(run), run.partition, run.seed), run.validation, run.seed
-    )
-    if run.cohort > len(dataset.owners):
-        raise RequestError(f"cohort: {run.cohort} of only {len(dataset.owners)} clients")
-    problem = build_problem(run, dataset)
-    record = initialize(run, problem)
-    _try(run, problem)
-    strategy = make_strategy(run, problem)
-    return Simulation(run, problem, problem.layout.record_of(problem.model), record, strategy)
 
 
 def initialize(run: Run, problem: Problem) -> Initialization:

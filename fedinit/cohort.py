@@ -15,6 +15,7 @@ from torch import Tensor
 from fedinit.parameters import Array, Layout, tensor
 
 ARRAYS, METRICS, NUM_EXAMPLES = "arrays", "metrics", "num-examples"
+LOCAL_NORM = "local-norm"  # metric of a client whose update counts as D_i / a_i (FedNova)
 
 
 class CohortSums:
@@ -34,9 +35,10 @@ class CohortSums:
         self.squared_norms = 0.0  # Q = sum ||D_i||^2
         size = sum(layout.sizes)
         self.total = torch.zeros(size, dtype=torch.float64)  # S = sum D_i
-        # sum n_i D_i = n_1 S + sum (n_i - n_1) D_i: the last sum costs nothing while clients are
-        # alike, and a vector's pass through memory is what a small client's update waits for.
-        self.first_examples = 0.0
+        # With w_i = n_i / a_i, sum w_i D_i = w_1 S + sum (w_i - w_1) D_i: the last sum costs
+        # nothing while clients are alike, and a vector's pass through memory is what a small
+        # client's update waits for.
+        self.first_weight = 0.0
         self.unequal: Tensor | None = None
         self.directions = torch.zeros(size if alignment else 0, dtype=torch.float64)  # U
         self.rest: dict[str, Tensor] = {}  # sum n_i b_i; integer buffers: the first client's
@@ -53,13 +55,14 @@ class CohortSums:
         examples = float(metrics.pop(NUM_EXAMPLES))
         arrays: ArrayRecord = reply[ARRAYS]  # type: ignore[assignment]
         update = start - self.layout.flatten(arrays)
+        weight = examples / metrics.get(LOCAL_NORM, 1.0)
         if not self.clients:
-            self.first_examples = examples
+            self.first_weight = weight
         self.clients += 1
         self.examples += examples
         self.total.add_(update)
-        if examples != self.first_examples:
-            self._add_unequal(update, examples - self.first_examples)
+        if weight != self.first_weight:
+            self._add_unequal(update, weight - self.first_weight)
         if self.alignment:
             norm = torch.linalg.vector_norm(update, dtype=torch.float64).item()
             self.squared_norms += norm**2
@@ -77,8 +80,8 @@ class CohortSums:
 
     def merge(self, other: "CohortSums") -> None:
         """Add another share of the cohort."""
-        self.first_examples = self.first_examples or other.first_examples
-        self._add_unequal(other.total, other.first_examples - self.first_examples)
+        self.first_weight = self.first_weight or other.first_weight
+        self._add_unequal(other.total, other.first_weight - self.first_weight)
         if other.unequal is not None:
             self._add_unequal(other.unequal, 1.0)
         self.clients += other.clients
@@ -121,9 +124,14 @@ class CohortSums:
             self.__dict__[name] = torch.tensor(value) if isinstance(value, np.ndarray) else value
 
     def mean_update(self) -> Tensor:
-        """D = sum n_i D_i / sum n_i, in float64."""
-        mean = self.total * (self.first_examples / self.examples)
-        return mean if self.unequal is None else mean.add_(self.unequal, alpha=1 / self.examples)
+        """D = sum p_i D_i in float64, p_i = n_i / sum n_i.
+
+        Of clients that tell their local norm a_i, as nova's do, tau_eff sum p_i D_i / a_i with
+        tau_eff = sum p_i a_i (Wang et al. 2020, eq. 6).
+        """
+        scale = self.mean_metrics().get(LOCAL_NORM, 1.0) / self.examples
+        mean = self.total * (self.first_weight * scale)
+        return mean if self.unequal is None else mean.add_(self.unequal, alpha=scale)
 
     def mean_rest(self, start: dict[str, Tensor]) -> dict[str, Tensor]:
         """The plain weighted mean of what is not trained, typed as `start`; integers are copied."""

@@ -165,11 +165,14 @@ def explain(error: ValidationError, known: Iterable[str], section: str = "") -> 
     """
     first = error.errors()[0]
     above = f"{section}." if section else ""
+    known = [above + each for each in known]
     key = above + ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return unknown("key", key, [above + each for each in known])
+        return unknown("key", key, known)
     if first["type"] == "missing":
         return RequestError(f"{key}: required key is missing")
+    while key not in known and "." in key:  # pydantic adds which of a key's types it tried
+        key = key.rpartition(".")[0]
     return RequestError(f"{key}: {one_line(first['msg'])}, got {first['input']!r}")
 
 

@@ -54,7 +54,7 @@ def parse_value(text: str) -> Any:
     """Read one YAML value, as `--set key=value` gives it."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         raise RequestError(f"'{text}' is not a YAML value: {one_line(error)}") from None
 
 
@@ -68,7 +68,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # not UTF-8; a date that does not exist
         raise RequestError(f"{path} is not YAML: {one_line(error)}") from None
     if not _is_settings(content):
         raise RequestError(f"{path}: expected `key: value` settings at the top level")
@@ -235,11 +235,17 @@ def _spell_out(
             settings = deepcopy(raw)
             _apply(settings, arm | fixed)
             run = make_run(settings)
+            chosen = {key: get(run, key) for key in arm}
             for rule in rules:
                 if matches(run, rule):
                     _apply(settings, rule["set"] | fixed)
                     run = make_run(settings)
             label = _label(arm) or name
+            for key, value in chosen.items():
+                if get(run, key) != value:
+                    raise RequestError(
+                        f"grid: {key}: a rule changes what the grid varies ({label})"
+                    )
             run = _with_weights_beside(run, folder)
             # Grids may meet where --set has fixed what told them apart; a grid's own runs differ.
             if label in labels or runs.setdefault(label, run) != run:

@@ -4,18 +4,18 @@ A model is first built at random from the run's seed; then, for any other initia
 are read into it. So both arms of a pair have the same head wherever the head is fresh.
 """
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fedinit.config import one_line
 from fedinit.errors import RequestError
+from fedinit.parameters import Layout
 
 # BatchNorm's running statistics, which a model with GroupNorm has no place for
 _BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -62,7 +62,8 @@ def from_file(model: nn.Module, path: Path, head: str | None, source: str) -> In
         RequestError: the file is missing or corrupt, or its names or shapes do not fit the model.
     """
     weights = read_weights(path)
-    own = model.state_dict()
+    state = model.state_dict()
+    own = {name: state[name] for name in Layout.of(model).shapes}  # tied ones once, as we write
 
     def in_head(name: str) -> bool:
         return head is not None and (name == head or name.startswith(head + "."))
@@ -72,7 +73,7 @@ def from_file(model: nn.Module, path: Path, head: str | None, source: str) -> In
 
     head_fits = all(fits(name) for name in own if in_head(name))
     record = Initialization(source)
-    for name in own:
+    for name, value in own.items():
         if in_head(name) and not head_fits:
             record.fresh.append(name)
         elif fits(name):
@@ -80,9 +81,10 @@ def from_file(model: nn.Module, path: Path, head: str | None, source: str) -> In
         else:
             found = f"has shape {tuple(weights[name].shape)}" if name in weights else "is missing"
             raise RequestError(
-                f"initialization: {path}: '{name}' {found}, the model's is {tuple(own[name].shape)}"
+                f"initialization: {path}: '{name}' {found}, the model's is {tuple(value.shape)}"
             )
-    record.unused = [name for name in weights if name not in record.loaded]
+    tied = state.keys() - own.keys()
+    record.unused = [name for name in weights if name not in record.loaded and name not in tied]
     for name in record.unused:
         if not in_head(name) and not name.endswith(_BATCH_STATISTICS):
             raise RequestError(f"initialization: {path}: the model has no '{name}'")
@@ -105,8 +107,8 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise RequestError(f"initialization: {path}: no such file") from None
-    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # whatever the readers raise on a damaged file
+        reason = one_line(str(error).split("\n", 1)[0] or type(error).__name__)
         raise RequestError(f"initialization: {path}: not readable weights: {reason}") from None
     if not isinstance(weights, Mapping) or not all(
         isinstance(value, Tensor) for value in weights.values()

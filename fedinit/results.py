@@ -151,7 +151,8 @@ class RunFolder:
         if not path.exists():
             return []
         lines = []
-        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        whole, _, _torn = path.read_text(encoding="utf-8").rpartition("\n")
+        for number, text in enumerate(whole.splitlines(), start=1):
             try:
                 lines.append(json.loads(text))
             except json.JSONDecodeError as error:
@@ -202,7 +203,11 @@ def _summary_row(folder: Path, label: str, varied: list[str], run: Run) -> dict[
     accuracies = [line for line in tested if line.get("test_accuracy") is not None]
     last = tested[-1] if tested else {}
     target = run.target_accuracy
-    reached = [line["round"] for line in accuracies if target and line["test_accuracy"] >= target]
+    reached = [
+        line["round"]
+        for line in accuracies
+        if target is not None and line["test_accuracy"] >= target
+    ]
     return {
         "run": label,
         "status": at.status,

@@ -95,11 +95,9 @@ class FedOpt(Strategy):
             sums.add(start, reply.content)
         if not sums.clients:
             raise RuntimeError(f"round {server_round}: no client replied")
-        metrics = sums.mean_metrics()
-        update = sums.mean_update() * metrics.get("local-norm", 1.0)  # tau_eff of nova clients
-        point = self._step(start, update.to(start.dtype), sums)
+        point = self._step(start, sums.mean_update().to(start.dtype), sums)
         rest = sums.mean_rest(self.layout.rest(self._arrays))
-        return self.layout.record(point, rest), MetricRecord(dict(metrics))
+        return self.layout.record(point, rest), MetricRecord(dict(sums.mean_metrics()))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -36,6 +36,11 @@ CASES = {
     "a name that is no folder": ({"name": ".."}, ["name", "'..'"]),
     "null section": ({"client": None}, ["client", "dictionary", "None"]),
     "not a number": ({"client": {"lr": float("nan")}}, ["client.lr", "finite"]),
+    "a rule against the grid": (
+        {"grid": {"cohort": [1, 2]}, "when": [{"match": {}, "set": {"cohort": 3}}]},
+        ["grid: cohort", "a rule changes", "cohort=1"],
+    ),
+    "workers: none": ({"workers": 0}, ["workers: ", "greater than 0"]),
     "malformed preset": ({"presets": [1]}, ["presets", "name"]),
     "unknown study": ({"study": "rankin"}, ["study", "'rankin'", "mean 'ranking'?"]),
     "missing rules": ({"rules": ["nowhere.yaml"]}, ["nowhere.yaml", "No such file"]),

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_simulation import difference, numbers
 
 from experiments.cli import find_experiment
 from fedinit.config import to_yaml
 from fedinit.experiment_file import load_experiment
+from tests.test_simulation import difference, numbers
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -186,3 +186,33 @@ def test_alignment_is_the_same_however_a_cohort_is_reduced():
         assert first.mean_pairwise_cosine() == pytest.approx(cosines.mean(), abs=1e-6)
         mean = examples @ updates / examples.sum()
         assert first.mean_update().numpy() == pytest.approx(mean, abs=1e-6)
+
+
+def test_updates_with_a_local_norm_are_averaged_by_it_and_measured_as_they_are():
+    """D = (2, 6) with a = (2, 6), one example each: tau_eff = 4, D / a = 1, so the mean is 4.
+
+    Diversity is of D itself: (4 + 36) / 8^2. A share's reply says the same as its clients.
+    """
+
+    def reply(update: float, norm: float) -> RecordDict:
+        arrays = ArrayRecord()
+        arrays["w"] = Array(np.full(3, -update))
+        return RecordDict(
+            {
+                "arrays": arrays,
+                "metrics": MetricRecord({"num-examples": 1, "local-norm": norm}),
+            }
+        )
+
+    start = torch.zeros(3, dtype=torch.float64)
+    both, first, second = (CohortSums(layout()) for _ in range(3))
+    for sums, (update, norm) in ((both, (2, 2)), (both, (6, 6)), (first, (2, 2)), (second, (6, 6))):
+        sums.add(start, reply(update, norm))
+    assert both.mean_update().tolist() == pytest.approx([4] * 3)
+    assert both.gradient_diversity() == pytest.approx(40 / 64)
+    x = layout().record(start, {})
+    replies = CohortSums(layout(), alignment=False)
+    replies.add(start, both.reply(x, torch.float64))
+    assert replies.mean_update().tolist() == pytest.approx([4] * 3)
+    first.merge(second)
+    assert first.mean_update().tolist() == pytest.approx([4] * 3)

@@ -170,3 +170,24 @@ def test_records_travel_as_flower_expects():
     record["weight"] = type(record["weight"])((model.weight.detach() * 2).numpy())
     assert record.flat is None
     assert torch.equal(layout.flatten(record)[:2], model.weight.detach().reshape(-1) * 2)
+
+
+class Tied(nn.Module):
+    """An embedding whose weights are the output layer's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.output = nn.Linear(3, 5, bias=False)
+        self.output.weight = self.embedding.weight
+
+
+@pytest.mark.parametrize("names", [["embedding.weight"], ["embedding.weight", "output.weight"]])
+def test_tied_weights_are_read_as_they_are_written(tmp_path, names):
+    """A tied parameter is written once; a file of another tool may hold it under both names."""
+    values = torch.arange(15.0).reshape(5, 3)
+    save_file({name: values.clone() for name in names}, tmp_path / "tied.safetensors")
+    model = Tied()
+    from_file(model, tmp_path / "tied.safetensors", None, "file")
+    assert torch.equal(model.output.weight, values)
+    assert model.output.weight is model.embedding.weight

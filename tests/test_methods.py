@@ -307,3 +307,43 @@ def test_the_distance_to_the_final_point_is_measured(finals):
     [folder] = finals(settings).values()
     expected = {t: 2**0.5 * (2.0**-t - 2.0**-3) for t in (0, 2, 3)}
     assert RunFolder(folder).distances == pytest.approx(expected)
+
+
+def test_float_buffers_take_the_weighted_mean(finals):
+    """Clients of 1 and 3 examples that saw 1 and 2: (1 + 3 * 2) / 4. One test row, two clients."""
+    data = {
+        "curvature": [[1.0, 1.0], [2.0, 2.0]],
+        "optimum": [[0.0, 0.0]] * 2,
+        "examples": [1, 3],
+        "test_optimum": [0.0, 0.0],
+    }
+    settings = FROM_ZERO | {"dataset_args": data, "model": "plugged_in:PointWithMemory"}
+    for reduce in ("worker", "client"):
+        [folder] = finals(settings | {"rounds": 1, "reduce": reduce}, reduce).values()
+        assert RunFolder(folder).weights["seen"].item() == pytest.approx(1.75, abs=1e-12)
+
+
+@pytest.mark.parametrize("model", ["batch_norm_classifier", "dropout_classifier"])
+def test_mimelite_with_base_sgd_is_fedavg(finals, model):
+    """Its full-batch gradient at x leaves no trace: not in running statistics, not in dropout."""
+    settings = {
+        "dataset": "plugged_in:gaussians",
+        "model": f"plugged_in:{model}",
+        "client": {"lr": 0.1, "batch_size": 10},
+        "cohort": 4,
+        "rounds": 2,
+        "workers": 2,
+        "grid": {"client.optimizer": ["sgd", "mimelite"]},
+    }
+    sgd, mimelite = (RunFolder(folder).weights for _, folder in sorted(finals(settings).items()))
+    for name, value in sgd.items():
+        assert torch.allclose(mimelite[name], value, rtol=0, atol=1e-6), name
+
+
+def test_a_bound_on_the_gradients_norm_holds_for_full_batches_too(finals):
+    """gd at 0 with g = -(3, 4): bounded to norm 1 it is -(0.6, 0.8), so x = (0.6, 0.8)."""
+    data = {"curvature": [[1.0, 1.0]], "optimum": [[3.0, 4.0]], "examples": [4]}
+    client = {"optimizer": "gd", "batch_size": 3, "max_grad_norm": 1.0}
+    settings = FROM_ZERO | {"dataset_args": data, "client": client, "cohort": 1, "rounds": 1}
+    [folder] = finals(settings).values()
+    assert RunFolder(folder).weights["x"].tolist() == pytest.approx([0.6, 0.8], abs=1e-5)

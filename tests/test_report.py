@@ -17,7 +17,7 @@ from fedinit.config import Run
 from fedinit.errors import RequestError
 from fedinit.experiment_file import load_experiment
 from fedinit.report import compare_initializations, console_table, write_report
-from fedinit.results import read_summary, summarize
+from fedinit.results import RunFolder, read_summary, summarize
 from tests.recorded import ATTACK, Lines, record
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -275,3 +275,10 @@ def test_a_page_in_a_real_browser(tmp_path: Path, study: str | None) -> None:
     assert int(measured[4]) == (4 if study == "ranking" else 3)
     assert ("largest eigenvalue" in done.stdout) == (study == "hessian")
     assert "CONSOLE" not in done.stderr
+
+
+def test_a_line_cut_off_by_a_crash_is_not_a_round(tmp_path: Path) -> None:
+    folder = results(tmp_path, "{seed: [0]}", [0.5]) / "seed=0"
+    with (folder / "rounds.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"round": 3, "test_l')
+    assert [line["round"] for line in RunFolder(folder).rounds] == [0, 1, 2]

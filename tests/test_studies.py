@@ -14,7 +14,7 @@ import torch
 from experiments.cli import EXPERIMENTS
 from experiments.dry_run import cost_table
 from experiments.studies import STUDIES, find
-from fedinit.config import Run
+from fedinit.config import Run, get
 from fedinit.errors import RequestError
 from fedinit.experiment_file import load_experiment
 from fedinit.report import Finding, write_report
@@ -331,6 +331,10 @@ def test_every_study_has_its_two_presets(study: str, preset: str) -> None:
     seeds = {run.seed for run in runs}
     assert len(seeds) >= 2 if preset == "embedded" else seeds == {0, 1, 2}
     cost_table(experiment)
+    for label, run in experiment.runs.items():
+        for setting in label.split(","):
+            key, _, value = setting.partition("=")
+            assert str(get(run, key)) == value
 
 
 def test_an_unknown_study_or_preset_is_refused(tmp_path: Path) -> None:

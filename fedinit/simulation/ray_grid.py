@@ -73,6 +73,7 @@ class Workers:
             raise RequestError(f"workers: {number} workers, but Ray has {cpus} CPUs")
         self.number = number or max(1, min(cpus, most or cpus))
         actor = ray.remote(Worker).options(num_cpus=1, runtime_env={"env_vars": _ENVIRONMENT})
+        self._stored: dict[str, ray.ObjectRef] = {}
         self._actors: list[Any] = [actor.remote(list(import_path)) for _ in range(self.number)]
 
     def __enter__(self) -> Self:
@@ -87,6 +88,12 @@ class Workers:
             ray.kill(actor)
         if self._started:
             ray.shutdown()
+
+    def store(self, key: str, make: Callable[[], Any]) -> ray.ObjectRef:
+        """Put what `make` returns into Ray's object store, once for each key."""
+        if key not in self._stored:
+            self._stored[key] = ray.put(make())
+        return self._stored[key]
 
     def load(self, make_app: Callable[[], ClientApp], num_clients: int) -> None:
         """Build a ClientApp in every worker."""

@@ -97,7 +97,9 @@ class Worker:
         if sums is None or not sums.clients:
             return Share(answers, None)
         if reduced is not None and reduce is not None:
-            place = next(k for k, each in enumerate(answers) if each.failure is each.content)
+            place = next(
+                k for k, each in enumerate(answers) if each.failure is None and each.content is None
+            )
             answers[place] = answers[place]._replace(content=sums.reply(reduced, reduce))
         sums.rest, sums.extra = {}, {}  # the replies carry these already
         return Share(answers, sums)
