@@ -143,7 +143,7 @@ def tune(
                     callbacks=[lambda study, trial: report(len(_finished(study)), _told(trial))],
                 )
             rules.append(_rule(arm, _finished(study)))
-            _write_rates(out / RATES, experiment.name, rules, settings)
+            _write_rates(out / RATES, experiment, rules, settings)
             progress.note(f"  best: {rules[-1]['set']} {rules[-1]['note']}")
     return out / RATES
 
@@ -246,10 +246,13 @@ def _rule(arm: Arm, trials: list[FrozenTrial]) -> dict[str, Any]:
     return {"match": arm.match, "set": dict(best.params), "note": note}
 
 
-def _write_rates(path: Path, name: str, rules: list[dict[str, Any]], settings: Tune) -> None:
+def _write_rates(
+    path: Path, experiment: Experiment, rules: list[dict[str, Any]], settings: Tune
+) -> None:
     libraries = ", ".join(f"{each} {version(each)}" for each in ("torch", "flwr", "optuna"))
     about = {
-        "made_by": f"fedinit tune {name}",
+        "made_by": f"fedinit tune {experiment.name}",
+        "seed": sorted({run.seed for run in experiment.runs.values()}),
         "with": libraries,
         "trials": settings.trials,
         "search": settings.search,

@@ -16,12 +16,13 @@ from experiments.dry_run import cost_table
 from experiments.studies import STUDIES, find
 from fedinit.config import Run, get
 from fedinit.errors import RequestError
-from fedinit.experiment_file import load_experiment
+from fedinit.experiment_file import load_experiment, matches, read_settings
 from fedinit.report import Finding, write_report
 from fedinit.results import RunFolder, read_summary
 from fedinit.statistics import kendall_tau, paired_difference
 from tests.recorded import Lines, record
 
+UNTRAINED = ("hessian", "initial_loss")  # measured at round 0
 HEAD = "name: s\ndataset: toy\nmodel: tiny\n"
 
 
@@ -342,3 +343,13 @@ def test_an_unknown_study_or_preset_is_refused(tmp_path: Path) -> None:
         find(tmp_path, {"study": "rankin"})
     with pytest.raises(RequestError, match=r"--preset.*embedded, paper"):
         load_experiment(EXPERIMENTS / "ranking.yaml", preset="small")
+
+
+@pytest.mark.parametrize("study", [name for name in STUDIES if name not in UNTRAINED])
+def test_every_embedded_arm_has_tuned_rates(study: str) -> None:
+    """One rule of rates.yaml is about the arm, and the run has what it sets."""
+    rules = read_settings(EXPERIMENTS / "rules" / "rates.yaml")["when"]
+    for label, run in load_experiment(EXPERIMENTS / f"{study}.yaml").runs.items():
+        (rule,) = [each for each in rules if matches(run, each)]
+        assert rule["set"], label
+        assert all(get(run, key) == value for key, value in rule["set"].items()), label
