@@ -1,5 +1,6 @@
 """The command line: fedinit run, tune, report, list."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -89,6 +90,7 @@ def run(
     console = Console()
     loaded = _load(experiment, settings, preset)
     if dry_run:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # what is not here yet is said, not fetched
         from experiments.dry_run import cost_table
 
         console.print(cost_table(loaded))

@@ -1,5 +1,6 @@
 """What `fedinit list` shows: every name that an experiment file can use."""
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from strategies import SERVER_OPTIMIZERS
 def tables() -> Iterator[Table]:
     """Yield a table for each kind of name."""
     yield _table(
-        "dataset", {name: (_about(each), "nothing: embedded") for name, each in DATASETS.items()}
+        "dataset", {name: (_about(each), _source(each)) for name, each in DATASETS.items()}
     )
     yield _table(
         "model",
@@ -79,6 +80,11 @@ def _table(kind: str, rows: dict[str, tuple[str, str]], third: str = "needs") ->
 
 def _about(function: Callable[..., Any]) -> str:
     return (function.__doc__ or "").strip().splitlines()[0]
+
+
+def _source(dataset: Callable[..., Any]) -> str:
+    reads_files = "data_dir" in inspect.signature(dataset).parameters
+    return "its files in data_dir, or the network" if reads_files else "nothing: embedded"
 
 
 def _about_module(function: Callable[..., Any]) -> str:

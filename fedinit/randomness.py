@@ -16,6 +16,7 @@ class Draw(IntEnum):
     VALIDATION = 6
     SAMPLE = 7
     SEARCH = 8
+    CLIENTS = 9
 
 
 def keyed(draw: Draw, seed: int, *key: int) -> np.random.Generator:

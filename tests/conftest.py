@@ -1,5 +1,6 @@
 """Shared by the tests: one Ray for all of them, and `fedinit` as a user calls it."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typer.testing import CliRunner, Result
 from experiments.cli import app
 
 HERE = Path(__file__).parent
+os.environ["HF_HUB_OFFLINE"] = "1"  # before `datasets` is imported: no test reaches for the hub
 
 
 @pytest.fixture(scope="session", autouse=True)

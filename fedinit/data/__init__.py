@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 
+from fedinit.data.cifar10 import cifar10
 from fedinit.data.fashion_mnist import fashion_mnist
 from fedinit.data.federated_dataset import ClientRows, FederatedDataset
+from fedinit.data.femnist import femnist
 from fedinit.data.partitions import PARTITIONS, partitioned, with_validation
 from fedinit.data.shakespeare import shakespeare
 
 DATASETS: dict[str, Callable[..., FederatedDataset]] = {
+    "cifar10": cifar10,
     "fashion-mnist": fashion_mnist,
+    "femnist": femnist,
     "shakespeare": shakespeare,
 }
 

@@ -1,0 +1,78 @@
+"""Where data sets come from: files in a folder, or the Hugging Face hub."""
+
+import json
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fedinit.errors import RequestError
+
+
+def find(folder: str, *patterns: str) -> list[Path]:
+    """Return the files of the first pattern that matches any, in order of their names.
+
+    Raises:
+        RequestError: `folder` does not exist, or holds none of them.
+    """
+    at = Path(folder)
+    if not at.is_dir():
+        raise RequestError(f"dataset_args.data_dir: {folder}: no such folder")
+    for pattern in patterns:
+        if found := sorted(at.rglob(pattern)):
+            return found
+    raise RequestError(f"dataset_args.data_dir: {folder} holds no {' and no '.join(patterns)}")
+
+
+def read_parquet(path: Path, columns: Sequence[str]) -> pa.Table:
+    """Read columns of a parquet file.
+
+    Raises:
+        RequestError: the file is missing, truncated, or lacks a column.
+    """
+    try:
+        return pq.read_table(path, columns=list(columns), memory_map=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise RequestError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def read_hub(repository: str, split: str, columns: Sequence[str]) -> pa.Table:
+    """Read columns of a split of a data set on the hub; it is fetched once, with a progress bar.
+
+    Raises:
+        RequestError: it cannot be had; the text says which files to put where instead.
+    """
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(repository, split=split).select_columns(list(columns)).data.table
+    except Exception as error:  # the network, the hub, and what it holds
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RequestError(
+            f"dataset: cannot fetch {repository} from the Hugging Face hub ({reason}); put its "
+            f"parquet files ({split}-*.parquet) into a folder and name it with "
+            "dataset_args.data_dir"
+        ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        RequestError: the file is missing, not UTF-8, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise RequestError(f"{path}: expected a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def hashed(owner: str) -> str:
+    """Return an id that does not tell whose it is: authors' names never leave a loader."""
+    return sha256(owner.encode()).hexdigest()[:16]
