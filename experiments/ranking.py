@@ -105,7 +105,7 @@ def _draw(ax: Axes, title: str, pairs: dict[Method, dict[str, BySeed]]) -> None:
                 annotation_clip=False,
                 arrowprops={"arrowstyle": "-", "lw": 0.3, "color": colour[method[1]], "shrinkB": 3},
             )
-    ax.set_xlim(-1.05, 2.05)
+    ax.set_xlim(-1.25, 2.25)
     ax.set_xticks([0, 1], ["random", "pre-trained"])
     ax.spines[["left", "right"]].set_visible(True)
     percent(ax.yaxis)

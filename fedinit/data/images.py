@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from PIL import Image
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor, from_numpy
 
 from fedinit.data.sources import read_hub, read_parquet
 from fedinit.errors import RequestError
 
-_WORTH_A_BAR = 5000  # images; fewer are decoded in about a second
+_WORTH_A_BAR = 10000  # images; fewer are decoded in about a second
 
 
 def read_images(
@@ -73,14 +74,16 @@ def _decode(column: pa.ChunkedArray, name: str) -> np.ndarray:
             reason = " ".join(str(error).split())
             raise RequestError(f"{name}: row {row}: not an image: {reason}") from None
 
+    console = Console(stderr=True)
     with ThreadPoolExecutor() as pool:  # PIL lets go of the interpreter while it decodes
         decoded = list(
             track(
                 pool.map(pixels, range(len(column))),
                 "decoding images",
                 total=len(column),
+                console=console,
                 transient=True,
-                disable=len(column) < _WORTH_A_BAR,
+                disable=len(column) < _WORTH_A_BAR or not console.is_terminal,
             )
         )
     if not decoded:
