@@ -7,12 +7,14 @@ out), so it serves any Flower strategy; and it runs under RayGrid and under Flow
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from clients.client_optimizers import CLIENT_OPTIMIZERS, OptimizerFactory, ServerState
 from clients.local_training import LocalTraining, Workspace
+from clients.memory_format import MEMORY_FORMATS
 from fedinit.cohort import ARRAYS, METRICS
 from fedinit.config import Run
 from fedinit.measurements.evaluation import evaluate
@@ -36,7 +38,9 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
         context's `partition-id`.
     """
     app = ClientApp()
-    workspace = Workspace(problem)
+    # `auto` is settled before RayGrid's workers start; Flower's runtime has nobody to settle it.
+    memory_format = MEMORY_FORMATS.get(run.memory_format, torch.contiguous_format)
+    workspace = Workspace(problem, memory_format)
     client_optimizer = CLIENT_OPTIMIZERS[run.client.optimizer]
 
     @app.train()

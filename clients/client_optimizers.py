@@ -46,7 +46,7 @@ ClientOptimizer = Callable[[LocalTraining, ServerState | None], Update]
 def sgd(training: LocalTraining, _server: ServerState | None) -> Update:
     """Mini-batch SGD with the client's momentum and weight decay, fresh each round."""
     training.descend(_sgd_step(training))
-    return Update(training.workspace.flat.clone())
+    return Update(training.workspace.weights())
 
 
 def gd(training: LocalTraining, _server: ServerState | None) -> Update:
@@ -61,7 +61,7 @@ def gd(training: LocalTraining, _server: ServerState | None) -> Update:
 def proximal(training: LocalTraining, _server: ServerState | None) -> Update:
     """SGD on the loss and mu/2 ||y - x||^2; the bound on the gradient norm is on the loss's."""
     training.descend(_sgd_step(training, training.run.client.mu))
-    return Update(training.workspace.flat.clone())
+    return Update(training.workspace.weights())
 
 
 def nova(training: LocalTraining, _server: ServerState | None) -> Update:
@@ -69,7 +69,7 @@ def nova(training: LocalTraining, _server: ServerState | None) -> Update:
     settings = training.run.client
     training.descend(_sgd_step(training, settings.mu))
     norm = accumulated_norm(settings, training.steps)
-    return Update(training.workspace.flat.clone(), {LOCAL_NORM: norm})
+    return Update(training.workspace.weights(), {LOCAL_NORM: norm})
 
 
 def mimelite(training: LocalTraining, server: ServerState | None) -> Update:
@@ -95,7 +95,7 @@ def mimelite(training: LocalTraining, server: ServerState | None) -> Update:
     training.descend(frozen_step)
     gradients = ArrayRecord()
     gradients["gradient"] = Array(gradient.numpy())
-    return Update(workspace.flat.clone(), extra={"gradients": gradients})
+    return Update(workspace.weights(), extra={"gradients": gradients})
 
 
 CLIENT_OPTIMIZERS: dict[str, ClientOptimizer] = {

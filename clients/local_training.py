@@ -32,33 +32,43 @@ def local_steps(run: Run, examples: int, server_round: int, client: int) -> int:
 
 
 class Workspace:
-    """A process's one model: its trainable parameters are views of the vector `flat`."""
+    """A process's one model, kept in the memory format that it trains in.
 
-    def __init__(self, problem: Problem) -> None:
+    Args:
+        problem: data set, model and loss.
+        memory_format: of the model's convolutions; their inputs follow.
+    """
+
+    def __init__(self, problem: Problem, memory_format: torch.memory_format) -> None:
         self.problem = problem
         self.layout = problem.layout
         self.start = torch.empty(0)
+        problem.model.to(memory_format=memory_format)
         parameters = dict(problem.model.named_parameters())
-        self.parameters = [parameters[name] for name in self.layout.trainable]
-        self.flat = torch.cat([each.detach().reshape(-1) for each in self.parameters])
-        for parameter, view in zip(self.parameters, self.layout.views(self.flat), strict=True):
-            parameter.data = view
+        self.parameters: list[Tensor] = [parameters[name] for name in self.layout.trainable]
         state = problem.model.state_dict()
         self.fixed = {name: state[name] for name in self.layout.fixed}
 
     def load(self, arrays: flwr.app.ArrayRecord) -> None:
         """Reset the model to received weights x; `start` is x until the next load."""
         self.start = self.layout.flatten(arrays)
-        self.flat.copy_(self.start)
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, self.layout.views(self.start))
         if self.fixed:
             for name, value in self.layout.rest(arrays).items():
                 self.fixed[name].copy_(value)
 
+    def weights(self) -> Tensor:
+        """Return a copy of the trainable parameters as one vector."""
+        return torch.cat([each.detach().reshape(-1) for each in self.parameters])
+
     def record(self, flat: Tensor) -> ArrayRecord:
         """Return the record of a vector and the model's other arrays, shared with nothing here."""
-        return self.layout.record(
-            flat, {name: value.detach().clone() for name, value in self.fixed.items()}
-        )
+        copies = {
+            name: value.detach().clone(memory_format=torch.contiguous_format)
+            for name, value in self.fixed.items()
+        }
+        return self.layout.record(flat, copies)
 
 
 @dataclass

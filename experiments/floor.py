@@ -110,6 +110,7 @@ def main(rounds: int) -> None:
     strategy, arrays = prepared.strategy, prepared.arrays
     seconds: dict[str, list[float]] = {"bare loop": [], "RayGrid": []}
     with Workers(PROCESSES) as workers:
+        prepared = prepared.settled(workers, datasets)
         grid, loop = prepared.grid(workers, datasets), BareLoop()
         for number in range(1, rounds + 2):
             begun = time.perf_counter()

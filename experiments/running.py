@@ -18,7 +18,7 @@ from experiments.progress import Progress
 from experiments.studies import check_study
 from experiments.wiring import Datasets, Simulation, simulation
 from fedinit.cohort import ARRAYS, METRICS, CohortSums
-from fedinit.config import to_yaml
+from fedinit.config import Run
 from fedinit.errors import RequestError
 from fedinit.experiment_file import Experiment
 from fedinit.measurements.hessian import top_hessian_eigenvalues
@@ -69,7 +69,7 @@ def run_experiment(
             ) from None
 
     todo = {
-        label: run
+        label: _as_begun(run, out / label)
         for label, run in experiment.runs.items()
         if RunFolder(out / label).status != "done"
     }
@@ -88,7 +88,7 @@ def run_experiment(
             for label, run in alike.items():
                 folder = RunFolder(out / label)
                 try:
-                    prepared = simulation(run, datasets)
+                    prepared = simulation(run, datasets).settled(workers, datasets)
                     with progress.run(label, run.rounds, str(prepared.initialization)) as report:
                         if run.measure.hessian:
                             progress.note("  measuring the Hessian's top eigenvalues")
@@ -309,7 +309,14 @@ def _check_folder(experiment: Experiment, out: Path, resume: bool) -> None:
         raise RequestError(f"--out {out}: not empty; continue it with --resume, or name another")
     for label, run in experiment.runs.items():
         earlier = out / label / "run.yaml"
-        if earlier.exists() and earlier.read_text(encoding="utf-8") != to_yaml(run):
+        if earlier.exists() and RunFolder(out / label).run != _as_begun(run, out / label):
             raise RequestError(
                 f"--resume: {earlier} was made with other settings; name another --out"
             )
+
+
+def _as_begun(run: Run, path: Path) -> Run:
+    """Return the run as an earlier call settled it: one memory format from its begin to its end."""
+    if run.memory_format != "auto" or not (path / "run.yaml").exists():
+        return run
+    return run.model_copy(update={"memory_format": RunFolder(path).run.memory_format})

@@ -196,7 +196,7 @@ def _seed(arm: Arm) -> int:
 
 def _score(arm: Arm, workers: Workers, datasets: Datasets, trial: Trial) -> float:
     """Train one trial; stop it where it is worse than the median of those before at that round."""
-    prepared = simulation(arm.run_of(trial), datasets)
+    prepared = simulation(arm.run_of(trial), datasets).settled(workers, datasets)
     losses: list[float] = []
 
     def record(line: dict[str, Any], _x: ArrayRecord) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import Strategy
 from clients import CLIENT_OPTIMIZERS, make_client_app
 from clients.client_optimizers import NEED_FEDOPT
 from clients.local_training import local_steps
+from clients.memory_format import fastest_memory_format, has_images
 from fedinit import initialization
 from fedinit.config import Run
 from fedinit.data import FederatedDataset, partitioned, with_validation
@@ -64,19 +65,42 @@ class Simulation:
         """Number of virtual clients."""
         return len(self.problem.dataset.owners)
 
+    def settled(self, workers: Workers, datasets: Datasets) -> "Simulation":
+        """Return this run with `memory_format: auto` replaced by what a worker measured.
+
+        It is measured once for each model, shape of rows and batch size, so arms of a pair agree.
+        """
+        run = self.run
+        if run.memory_format != "auto":
+            return self
+        found = "contiguous"
+        if has_images(self.problem.model):
+            shape = tuple(self.problem.dataset.inputs.shape[1:])
+            work = [run.model, run.model_args, run.trainable, shape, run.client.batch_size]
+            found = workers.measure(
+                json.dumps(["memory_format", *work], sort_keys=True, default=str),
+                partial(_memory_format, *self._shipped(workers, datasets)),
+            )
+        return replace(self, run=run.model_copy(update={"memory_format": found}))
+
     def grid(self, workers: Workers, datasets: Datasets) -> RayGrid:
         """Build the grid of this run on the given workers."""
-        dealt = self.problem.dataset
-        stored = workers.store(datasets.key(self.run), lambda: datasets.load(self.run))
-        clients = ray.put((dealt.owners, dealt.held_out))
         return RayGrid(
             workers,
-            partial(_worker_app, self.run, stored, clients),
+            partial(_worker_app, *self._shipped(workers, datasets)),
             self.clients,
             self.problem.layout,
             self._reduction(),
             expected_work=self._expected_work,
         )
+
+    def _shipped(
+        self, workers: Workers, datasets: Datasets
+    ) -> tuple[Run, ray.ObjectRef, ray.ObjectRef]:
+        """Return what a worker builds this run's problem from."""
+        dealt = self.problem.dataset
+        stored = workers.store(datasets.key(self.run), lambda: datasets.load(self.run))
+        return self.run, stored, ray.put((dealt.owners, dealt.held_out))
 
     def _reduction(self) -> torch.dtype | None:
         """The dtype of the workers' means: Flower's strategies expect the model's own."""
@@ -209,8 +233,16 @@ def _build(name: str, parameters: Sequence[torch.Tensor], settings: Any) -> torc
     return SERVER_OPTIMIZERS[name](parameters, settings)
 
 
-def _worker_app(run: Run, dataset: ray.ObjectRef, clients: ray.ObjectRef) -> ClientApp:
-    return client_app(run, build_problem(run, ray.get(dataset).with_clients(*ray.get(clients))))
+def _worker_problem(run: Run, dataset: ray.ObjectRef, clients: ray.ObjectRef) -> Problem:
+    return build_problem(run, ray.get(dataset).with_clients(*ray.get(clients)))
+
+
+def _worker_app(run: Run, *shipped: ray.ObjectRef) -> ClientApp:
+    return client_app(run, _worker_problem(run, *shipped))
+
+
+def _memory_format(run: Run, *shipped: ray.ObjectRef) -> str:
+    return fastest_memory_format(_worker_problem(run, *shipped), run.client.batch_size)
 
 
 def _try(run: Run, problem: Problem) -> None:

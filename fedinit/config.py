@@ -106,6 +106,7 @@ class Run(Strict):
     validation: Decay = 0.0
     measure: Measure = Measure()
     workers: PositiveInt | Literal["auto"] = "auto"
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
 
 
 FREE_FORM = ("dataset_args", "model_args", "loss_args", "strategy_args")

@@ -1,5 +1,7 @@
 """Problems as a user would plug them in: quadratics whose federated training is known by hand."""
 
+import time
+
 import torch
 from flwr.app import Array
 from flwr.serverapp.strategy import FedAvg
@@ -99,3 +101,44 @@ class PointWithMemory(Point):
         if self.training:
             self.seen.copy_(curvature.mean())
         return super().forward(curvature)
+
+
+def noise_images(clients: int = 4, per_client: int = 12) -> FederatedDataset:
+    """Images of two channels, without meaning."""
+    generator = torch.Generator().manual_seed(2)
+    images = torch.rand((clients * per_client, 2, 8, 8), generator=generator)
+    labels = torch.randint(3, (len(images),), generator=generator)
+    rows = {f"c{i}": range(i * per_client, (i + 1) * per_client) for i in range(clients)}
+    return FederatedDataset(images, labels, rows, images[:10], labels[:10], 3)
+
+
+class Convolution(nn.Module):
+    """One convolution, summed over the image."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(2, num_classes, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.convolution(images).sum((2, 3))
+
+
+class Viewing(Convolution):
+    """Flattens by `view`, which activations in channels_last refuse."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        outputs = self.convolution(images)
+        return outputs.view(len(images), -1).view(len(images), outputs.shape[1], -1).sum(2)
+
+
+class SlowUnless(Convolution):
+    """Slow in any memory format but one."""
+
+    def __init__(self, num_classes: int, fast: str) -> None:
+        super().__init__(num_classes)
+        self.fast = getattr(torch, fast)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.convolution.weight.is_contiguous(memory_format=self.fast):
+            time.sleep(0.02)
+        return super().forward(images)

@@ -60,6 +60,7 @@ def test_flowers_runtime_gives_the_same_weights(strategy, superlink, finals, tmp
     # A small rate: Flower sums float32 replies as they arrive, and training amplifies what differs.
     client = "client={lr: 0.01, batch_size: 64}"
     settings = f"strategy={strategy}; partition.clients=8; cohort=8; {client}"
+    settings += "; memory_format=contiguous"  # as it is under Flower's runtime
     flower = tmp_path / "flower"
     command = ["flwr", "run", ".", "--stream"]
     command += ["--federation-config", "num-supernodes=8 client-resources-num-cpus=1"]

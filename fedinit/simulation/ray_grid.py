@@ -74,6 +74,7 @@ class Workers:
         self.number = number or max(1, min(cpus, most or cpus))
         actor = ray.remote(Worker).options(num_cpus=1, runtime_env={"env_vars": _ENVIRONMENT})
         self._stored: dict[str, ray.ObjectRef] = {}
+        self._measured: dict[str, Any] = {}
         self._actors: list[Any] = [actor.remote(list(import_path)) for _ in range(self.number)]
 
     def __enter__(self) -> Self:
@@ -94,6 +95,12 @@ class Workers:
         if key not in self._stored:
             self._stored[key] = ray.put(make())
         return self._stored[key]
+
+    def measure(self, key: str, function: Callable[[], Any]) -> Any:
+        """Return what `function` returns in a worker; it is called once for each key."""
+        if key not in self._measured:
+            self._measured[key] = ray.get(self._actors[0].call.remote(function))
+        return self._measured[key]
 
     def load(self, make_app: Callable[[], ClientApp], num_clients: int) -> None:
         """Build a ClientApp in every worker."""

@@ -64,6 +64,10 @@ class Worker:
         self._app = make_app()
         self._num_clients = num_clients
 
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Return what a function returns in this process."""
+        return function()
+
     def run(
         self,
         tasks: list[Task],
