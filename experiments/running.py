@@ -19,7 +19,7 @@ from experiments.studies import check_study
 from experiments.wiring import Datasets, Simulation, simulation
 from fedinit.cohort import ARRAYS, METRICS, CohortSums
 from fedinit.config import Run
-from fedinit.errors import RequestError
+from fedinit.errors import RequestError, named
 from fedinit.experiment_file import Experiment
 from fedinit.measurements.hessian import top_hessian_eigenvalues
 from fedinit.randomness import Draw, keyed
@@ -94,7 +94,7 @@ def run_experiment(
                             progress.note("  measuring the Hessian's top eigenvalues")
                         execute(prepared, prepared.grid(workers, datasets), folder, report)
                 except Exception as error:  # the other runs go on
-                    folder.fail(f"{type(error).__name__}: {' '.join(str(error).split())}")
+                    folder.fail(named(error))
                     progress.failed(label, folder.error or "")
                 summarize(out, experiment)
     return summarize(out, experiment)

@@ -28,8 +28,8 @@ from pydantic import PositiveInt, ValidationError
 from experiments.progress import Progress
 from experiments.running import DivergedError, results_folder, train
 from experiments.wiring import Datasets, simulation
-from fedinit.config import Run, Strict, explain, get, one_line
-from fedinit.errors import RequestError
+from fedinit.config import Run, Strict, explain, get
+from fedinit.errors import RequestError, named
 from fedinit.experiment_file import Experiment, check_rules, matches, with_settings
 from fedinit.randomness import Draw, keyed, torch_seed
 from fedinit.results import to_json, write_atomically
@@ -212,7 +212,7 @@ def _score(arm: Arm, workers: Workers, datasets: Datasets, trial: Trial) -> floa
         raise optuna.TrialPruned from None
     except Exception as error:
         if not isinstance(error, optuna.TrialPruned):
-            trial.set_user_attr(_FAILURE, one_line(f"{type(error).__name__}: {error}"))
+            trial.set_user_attr(_FAILURE, named(error))
         raise
     return mean(losses[-_SCORED:])
 

@@ -20,7 +20,7 @@ from clients.memory_format import fastest_memory_format, has_images
 from fedinit import initialization
 from fedinit.config import Run
 from fedinit.data import FederatedDataset, partitioned, with_validation
-from fedinit.errors import RequestError, unknown
+from fedinit.errors import RequestError, named, unknown
 from fedinit.initialization import Initialization
 from fedinit.measurements.evaluation import evaluate
 from fedinit.problem import Problem, build_problem, find_model, load_dataset
@@ -251,8 +251,7 @@ def _try(run: Run, problem: Problem) -> None:
     try:
         evaluate(problem.model, problem.loss, [problem.dataset.test_batch(0, 2)])
     except Exception as error:  # whatever a user's model or loss raises
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise RequestError(
             f"model '{run.model}' with loss '{run.loss}' does not fit rows of shape {shape} of "
-            f"'{run.dataset}': {reason}"
+            f"'{run.dataset}': {named(error)}"
         ) from None

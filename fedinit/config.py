@@ -15,7 +15,7 @@ from pydantic import (
     ValidationError,
 )
 
-from fedinit.errors import RequestError, unknown
+from fedinit.errors import RequestError, one_line, unknown
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -175,8 +175,3 @@ def explain(error: ValidationError, known: Iterable[str], section: str = "") -> 
     while key not in known and "." in key:  # pydantic adds which of a key's types it tried
         key = key.rpartition(".")[0]
     return RequestError(f"{key}: {one_line(first['msg'])}, got {first['input']!r}")
-
-
-def one_line(error: object) -> str:
-    """Return an error's text on one line."""
-    return " ".join(str(error).split())

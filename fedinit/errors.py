@@ -8,6 +8,16 @@ class RequestError(Exception):
     """Bad input: its text is one clear line; the command line ends with it and exit status 2."""
 
 
+def one_line(error: object) -> str:
+    """Return an error's text on one line."""
+    return " ".join(str(error).split())
+
+
+def named(error: BaseException) -> str:
+    """Return an error's type and text on one line."""
+    return one_line(f"{type(error).__name__}: {error}")
+
+
 def unknown(kind: str, name: object, choices: Iterable[str]) -> RequestError:
     """Build the error for a name that is not among `choices`, suggesting the nearest one."""
     valid = sorted(choices)

@@ -20,8 +20,8 @@ from zlib import crc32
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from fedinit.config import FREE_FORM, Run, dotted_keys, get, make_run, one_line
-from fedinit.errors import RequestError, unknown
+from fedinit.config import FREE_FORM, Run, dotted_keys, get, make_run
+from fedinit.errors import RequestError, one_line, unknown
 
 LONGEST = 150  # characters of a run's name
 

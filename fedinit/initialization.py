@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fedinit.config import one_line
-from fedinit.errors import RequestError
+from fedinit.errors import RequestError, one_line
 from fedinit.parameters import Layout
 
 # BatchNorm's running statistics, which a model with GroupNorm has no place for

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from fedinit.errors import RequestError, unknown
+from fedinit.errors import RequestError, named, unknown
 
 
 def resolve(kind: str, name: str, known: Mapping[str, Any]) -> Any:
@@ -25,10 +25,7 @@ def resolve(kind: str, name: str, known: Mapping[str, Any]) -> Any:
         for part in attribute.split("."):
             value = getattr(value, part)
     except Exception as error:  # whatever the user's module raises while it is imported
-        reason = " ".join(str(error).split())
-        raise RequestError(
-            f"{kind}: cannot import '{name}': {type(error).__name__}: {reason}"
-        ) from None
+        raise RequestError(f"{kind}: cannot import '{name}': {named(error)}") from None
     return value
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, from_numpy
 from fedinit.data.federated_dataset import FederatedDataset
 from fedinit.data.images import read_images
 from fedinit.data.sources import find
-from fedinit.errors import RequestError
+from fedinit.errors import RequestError, named
 
 HUB = "uoft-cs/cifar10"
 
@@ -49,8 +49,7 @@ def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
         images = np.asarray(batch[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
         targets = np.asarray(batch[b"labels"], dtype=np.int64).reshape(len(images))
     except Exception as error:  # whatever a damaged pickle makes the reader raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RequestError(f"{path}: not a batch of cifar-10-batches-py: {reason}") from None
+        raise RequestError(f"{path}: not a batch of cifar-10-batches-py: {named(error)}") from None
     return images, targets
 
 

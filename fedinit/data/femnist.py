@@ -10,7 +10,7 @@ from fedinit.data.clients import Choice, held_out_clients
 from fedinit.data.federated_dataset import ClientRows, FederatedDataset
 from fedinit.data.images import read_owned_images
 from fedinit.data.sources import find, hashed
-from fedinit.errors import RequestError
+from fedinit.errors import RequestError, one_line
 
 HUB, CLASSES, SIDE = "flwrlabs/femnist", 62, 28
 _TRAIN, _TEST = "train/*.json", "test/*.json"
@@ -71,8 +71,7 @@ def _read_leaf(paths: list[Path]) -> tuple[Tensor, Tensor, np.ndarray]:
             pixels = np.asarray(inputs, dtype=np.float64).reshape(-1, 1, SIDE, SIDE)
             labels.append(np.asarray(targets, dtype=np.int64).reshape(len(pixels)))
         except (TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise RequestError(f"{paths[0].parent}: writer {user}: {reason}") from None
+            raise RequestError(f"{paths[0].parent}: writer {user}: {one_line(error)}") from None
         images.append((pixels * 255).round().astype(np.uint8))
         owners.append(np.full(len(pixels), user))
     parts = (np.concatenate(images), np.concatenate(labels))

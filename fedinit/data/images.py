@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor, from_numpy
 
 from fedinit.data.sources import read_hub, read_parquet
-from fedinit.errors import RequestError
+from fedinit.errors import RequestError, one_line
 
 _WORTH_A_BAR = 10000  # images; fewer are decoded in about a second
 
@@ -71,8 +71,7 @@ def _decode(column: pa.ChunkedArray, name: str) -> np.ndarray:
         try:
             return np.asarray(Image.open(io.BytesIO(contents[row].as_py())))
         except (OSError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise RequestError(f"{name}: row {row}: not an image: {reason}") from None
+            raise RequestError(f"{name}: row {row}: not an image: {one_line(error)}") from None
 
     console = Console(stderr=True)
     with ThreadPoolExecutor() as pool:  # PIL lets go of the interpreter while it decodes

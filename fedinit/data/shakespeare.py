@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
 from fedinit.assets import asset
+from fedinit.data.clients import check_counts
 from fedinit.data.federated_dataset import ClientRows, FederatedDataset
+from fedinit.data.sources import read_parquet
 from fedinit.errors import RequestError
 from fedinit.randomness import Draw, keyed
 
@@ -33,7 +34,7 @@ def shakespeare(
     Raises:
         RequestError: a number is below 1, or no role would be left to train on.
     """
-    table = _table()
+    table = read_parquet(asset("shakespeare-roles.parquet"), ["play", "role", "speech"])
     roles = pc.binary_join_element_wise(table["play"], table["role"], "/").to_numpy(
         zero_copy_only=False
     )
@@ -44,11 +45,7 @@ def shakespeare(
         "test_roles": test_roles,
         "test_examples": test_examples,
     }
-    for name, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
-            raise RequestError(
-                f"dataset_args.{name}: expected a whole number from 1, got {value!r}"
-            )
+    check_counts(sizes)
     if test_roles >= len(names):
         raise RequestError(f"dataset_args.test_roles: there are only {len(names)} roles")
 
@@ -72,14 +69,6 @@ def shakespeare(
         torch.from_numpy(test_rows[:, -1].copy()),
         num_classes=max(_vocabulary().values()) + 1,
     )
-
-
-def _table() -> pa.Table:
-    path = asset("shakespeare-roles.parquet")
-    try:
-        return pq.read_table(path, columns=["play", "role", "speech"])
-    except (OSError, ValueError, KeyError) as error:
-        raise RequestError(f"{path}: {' '.join(str(error).split())}") from None
 
 
 def _vocabulary() -> dict[str, int]:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fedinit.errors import RequestError
+from fedinit.errors import RequestError, named, one_line
 
 
 def find(folder: str, *patterns: str) -> list[Path]:
@@ -36,7 +36,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> pa.Table:
     try:
         return pq.read_table(path, columns=list(columns), memory_map=True)
     except (OSError, ValueError, KeyError) as error:
-        raise RequestError(f"{path}: {' '.join(str(error).split())}") from None
+        raise RequestError(f"{path}: {one_line(error)}") from None
 
 
 def read_hub(repository: str, split: str, columns: Sequence[str]) -> pa.Table:
@@ -50,10 +50,9 @@ def read_hub(repository: str, split: str, columns: Sequence[str]) -> pa.Table:
     try:
         return load_dataset(repository, split=split).select_columns(list(columns)).data.table
     except Exception as error:  # the network, the hub, and what it holds
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise RequestError(
-            f"dataset: cannot fetch {repository} from the Hugging Face hub ({reason}); put its "
-            f"parquet files ({split}-*.parquet) into a folder and name it with "
+            f"dataset: cannot fetch {repository} from the Hugging Face hub ({named(error)}); put "
+            f"its parquet files ({split}-*.parquet) into a folder and name it with "
             "dataset_args.data_dir"
         ) from None
 
@@ -67,7 +66,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RequestError(f"{path}: {' '.join(str(error).split())}") from None
+        raise RequestError(f"{path}: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise RequestError(f"{path}: expected a JSON object, got a {type(content).__name__}")
     return content

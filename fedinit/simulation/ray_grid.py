@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedinit.cohort import ARRAYS, CohortSums
-from fedinit.errors import RequestError
+from fedinit.errors import RequestError, one_line
 from fedinit.parameters import Layout
 from fedinit.simulation.flower_internals import claim_identity, new_run, number
 from fedinit.simulation.worker import Answer, Content, Share, Task, Worker
@@ -64,7 +64,7 @@ class Workers:
             try:
                 ray.init(logging_level=logging.ERROR, log_to_driver=False, **local)
             except (ConnectionError, RuntimeError, ValueError) as error:
-                reason = " ".join(str(error).split())
+                reason = one_line(error)
                 raise RequestError(f"--address {address}: Ray did not start: {reason}") from None
         cpus = int(ray.cluster_resources().get("CPU", 1))
         if number is not None and number > cpus:

@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedinit.cohort import ARRAYS, METRICS, CohortSums
+from fedinit.errors import named
 from fedinit.parameters import Layout
 from fedinit.registry import add_to_path
 from fedinit.simulation.flower_internals import RUN_ID, claim_identity
@@ -128,8 +129,8 @@ class Worker:
             reply = self._app(message, context)
         except Exception as error:  # whatever a ClientApp raises; the driver says which client
             where = traceback.extract_tb(error.__traceback__)[-1]
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            return Answer(task.node_id, None, f"{reason} ({where.filename}:{where.lineno})", None)
+            reason = f"{named(error)} ({where.filename}:{where.lineno})"
+            return Answer(task.node_id, None, reason, None)
         state = context.state if len(context.state) else None
         if reply.has_error():
             return Answer(task.node_id, None, reply.error.reason or "no reason given", state)
