@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fedinit.errors import RequestError
 
+IGNORED = -100  # a target that counts in no loss and no accuracy: torch's own ignore_index
+
 
 class ClientRows(Mapping[str, np.ndarray]):
     """Client id -> row indices, sorted by id, in three columns however many the clients."""
@@ -67,6 +69,8 @@ class FederatedDataset:
         test_inputs: held-out rows, like `inputs`.
         test_targets: held-out targets, like `targets`.
         num_classes: number of labels; by default counted from integer targets.
+        labels: names what the labels mean, where another data set may have the same ones: trained
+            heads fit only where this agrees. None: no other has them.
 
     Raises:
         RequestError: rows and targets differ in number, a client has no row, or a row number is
@@ -81,6 +85,7 @@ class FederatedDataset:
         test_inputs: Tensor,
         test_targets: Tensor,
         num_classes: int | None = None,
+        labels: str | None = None,
     ) -> None:
         if len(inputs) != len(targets) or len(test_inputs) != len(test_targets):
             raise RequestError(
@@ -96,6 +101,7 @@ class FederatedDataset:
         if num_classes is None and not targets.is_floating_point():
             num_classes = int(max(targets.max(), test_targets.max())) + 1
         self.num_classes = num_classes
+        self.labels = labels
         if self.clients is not None:
             self._check(self.clients)
 
@@ -118,6 +124,7 @@ class FederatedDataset:
             self.test_inputs,
             self.test_targets,
             self.num_classes,
+            self.labels,
         )
         dealt.held_out = held_out
         return dealt

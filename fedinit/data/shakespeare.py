@@ -1,9 +1,6 @@
 """Shakespeare by speaking role: a window of characters predicts the next one."""
 
-import json
-
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
@@ -11,10 +8,9 @@ from fedinit.assets import asset
 from fedinit.data.clients import check_counts
 from fedinit.data.federated_dataset import ClientRows, FederatedDataset
 from fedinit.data.sources import read_parquet
+from fedinit.data.text import character_vocabulary, character_windows, spaced
 from fedinit.errors import RequestError
 from fedinit.randomness import Draw, keyed
-
-UNKNOWN, START = 0, "<s>"
 
 
 def shakespeare(
@@ -49,57 +45,29 @@ def shakespeare(
     if test_roles >= len(names):
         raise RequestError(f"dataset_args.test_roles: there are only {len(names)} roles")
 
-    tokens, owner = _encode(table["speech"], role, window)
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, window + 1)
-    ends = np.flatnonzero(owner >= 0)  # positions of the characters to predict
-    ends = ends[np.argsort(owner[ends], kind="stable")]
-    owners = owner[ends]
-
+    windows, starts, text = character_windows(table["speech"].to_pylist(), window)
+    order = np.argsort(role[text], kind="stable")
+    starts, owners = starts[order], role[text][order]
     held_out = keyed(Draw.PARTITION, 0).permutation(len(names))[:test_roles]
     is_test = np.isin(owners, held_out)
-    train = _thin(ends[~is_test], owners[~is_test], examples_per_client)
-    test = ends[is_test]
-    test = test[np.linspace(0, len(test) - 1, min(test_examples, len(test))).astype(int)]
-    rows, test_rows = windows[train - window], windows[test - window]
+    train, test = np.flatnonzero(~is_test), np.flatnonzero(is_test)
+    train = train[_thin(owners[train], examples_per_client)]
+    test = test[spaced(len(test), test_examples)]
+    rows, test_rows = windows[starts[train]], windows[starts[test]]
     return FederatedDataset(
         torch.from_numpy(rows[:, :-1].copy()),
         torch.from_numpy(rows[:, -1].copy()),
-        ClientRows.by_owner(names[owner[train]]),
+        ClientRows.by_owner(names[owners[train]]),
         torch.from_numpy(test_rows[:, :-1].copy()),
         torch.from_numpy(test_rows[:, -1].copy()),
-        num_classes=max(_vocabulary().values()) + 1,
+        num_classes=max(character_vocabulary().values()) + 1,
+        labels="characters",
     )
 
 
-def _vocabulary() -> dict[str, int]:
-    return json.loads(asset("charrnn-vocab.json").read_text(encoding="utf-8"))
-
-
-def _encode(
-    speeches: pa.ChunkedArray, role: np.ndarray, window: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return one token array of all speeches, and the role of each token to predict (else -1).
-
-    Each speech is preceded by `window` tokens, unknown ones and the start mark, so that no window
-    reaches into the speech before it.
-    """
-    vocabulary = _vocabulary()
-    lead = np.full(window, UNKNOWN, dtype=np.int16)
-    lead[-1] = vocabulary[START]
-    tokens, owners = [], []
-    for speech, speaker in zip(speeches.to_pylist(), role, strict=True):
-        codes = np.array([vocabulary.get(character, UNKNOWN) for character in speech], np.int16)
-        tokens += [lead, codes]
-        owners += [np.full(window, -1), np.full(len(codes), speaker)]
-    return np.concatenate(tokens), np.concatenate(owners)
-
-
-def _thin(ends: np.ndarray, owners: np.ndarray, most: int) -> np.ndarray:
-    """Keep at most `most` evenly spaced positions of each owner; `owners` is sorted."""
+def _thin(owners: np.ndarray, most: int) -> np.ndarray:
+    """Return at most `most` evenly spaced positions of each owner; `owners` is sorted."""
     _, first, count = np.unique(owners, return_index=True, return_counts=True)
     return np.concatenate(
-        [
-            ends[start + np.linspace(0, size - 1, min(most, size)).astype(int)]
-            for start, size in zip(first, count, strict=True)
-        ]
+        [start + spaced(size, most) for start, size in zip(first, count, strict=True)]
     )
