@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedinit.config import Run
-from fedinit.measurements.evaluation import correct_predictions, per_example
+from fedinit.measurements.evaluation import correct_predictions, count_targets, per_example
 from fedinit.parameters import ArrayRecord
 from fedinit.problem import Problem
 from fedinit.randomness import Draw, keyed, torch_seed
@@ -81,7 +81,8 @@ class LocalTraining:
         server_round: the round, from 1.
         client: the client's position in the sorted ids.
         steps: number of local steps done.
-        examples_seen, loss_sum, correct: sums over every example visited, for the train metrics.
+        examples_seen, targets_seen, loss_sum, correct: sums over every example visited, for the
+            train metrics.
     """
 
     workspace: Workspace
@@ -90,6 +91,7 @@ class LocalTraining:
     client: int
     steps: int = 0
     examples_seen: int = 0
+    targets_seen: int = 0
     loss_sum: float = 0.0
     correct: float | None = 0.0
     rows: np.ndarray = field(init=False)
@@ -150,7 +152,7 @@ class LocalTraining:
         """Return the client's examples and its means over every example visited."""
         means = {"train-loss": self.loss_sum / self.examples_seen}
         if self.correct is not None:
-            means["train-accuracy"] = self.correct / self.examples_seen
+            means["train-accuracy"] = self.correct / self.targets_seen
         return {"num-examples": len(self.rows), **means}
 
     def _bound_gradients(self) -> None:
@@ -167,9 +169,10 @@ class LocalTraining:
         problem = self.workspace.problem
         inputs, targets = problem.dataset.batch(rows)
         outputs = problem.model(inputs)
-        losses = per_example(problem.loss(outputs, targets))
+        losses = per_example(problem.loss(outputs, targets), targets)
         if count:
             self.examples_seen += len(rows)
+            self.targets_seen += count_targets(targets)
             self.loss_sum += losses.detach().sum().item()
             correct = correct_predictions(outputs, targets)
             self.correct = (

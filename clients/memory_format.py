@@ -43,7 +43,7 @@ def fastest_memory_format(problem: Problem, batch_size: int) -> str:
                 begun = time.perf_counter()
                 try:
                     model.to(memory_format=MEMORY_FORMATS[name])
-                    per_example(problem.loss(model(inputs), targets)).mean().backward()
+                    per_example(problem.loss(model(inputs), targets), targets).mean().backward()
                 except RuntimeError:
                     return "contiguous"
                 if repeat:  # the first warms up

@@ -1,4 +1,4 @@
-"""The command line: fedinit run, tune, report, list."""
+"""The command line: fedinit run, tune, pretrain, report, list."""
 
 import os
 import sys
@@ -122,6 +122,29 @@ def tune(
     progress = Progress(console, len(loaded.runs))
     rates = tuning.tune(loaded, out or _new_folder(loaded.name), progress, resume, address)
     console.print(f"rates: {rates}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+@_one_line
+def pretrain(experiment: File, settings: Settings = None, preset: Preset = None) -> None:
+    """Train the proxies that an experiment's runs start from (initialization: proxy); print where.
+
+    `run` does this first by itself. What was trained once is found again in ~/.cache/fedinit.
+    """
+    from experiments.progress import Progress
+    from experiments.proxies import check, train_missing
+    from experiments.wiring import Datasets
+
+    console = Console()
+    loaded = _load(experiment, settings, preset)
+    runs = [run for run in loaded.runs.values() if run.initialization == "proxy"]
+    if not runs:
+        raise RequestError(f"initialization: no run of {experiment} starts from proxy")
+    datasets = Datasets()
+    for each in runs:
+        check(each, datasets)
+    for path in train_missing(runs, datasets, Progress(console, len(runs))):
+        console.print(str(path), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

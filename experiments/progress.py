@@ -45,6 +45,19 @@ class Progress:
         else:
             yield lambda done, text: self._say(f"  trial {done}/{trials}  {text}")
 
+    @contextmanager
+    def pretraining(self, label: str) -> Iterator[Callable[[int, int, float], None]]:
+        """Show a proxy's training; the yielded function takes steps done, all steps, the loss."""
+        self._say(label)
+        if self._console.is_terminal:
+            with self._bar("step") as bar:
+                task = bar.add_task("", total=None, score="")
+                yield lambda done, steps, loss: bar.update(
+                    task, completed=done, total=steps, score=f"loss {loss:.4g}"
+                )
+        else:
+            yield self._plain_step
+
     def note(self, text: str) -> None:
         """Say what is going on."""
         self._say(text)
@@ -81,6 +94,10 @@ class Progress:
         left = (time.perf_counter() - since) * (rounds - done) / done if done else None
         text = f"  round {done}/{rounds}  {_score(line)}"
         self._say(text + (f"  {left:.0f} s left" if left is not None else ""))
+
+    def _plain_step(self, done: int, steps: int, loss: float) -> None:
+        if done * 10 // steps > (done - 1) * 10 // steps:  # a line for each tenth
+            self._say(f"  step {done}/{steps}  loss {loss:.4g}")
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

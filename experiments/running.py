@@ -10,11 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from experiments.progress import Progress
+from experiments.proxies import check, train_missing
 from experiments.studies import check_study
 from experiments.wiring import Datasets, Simulation, simulation
 from fedinit.cohort import ARRAYS, METRICS, CohortSums
@@ -62,12 +64,13 @@ def run_experiment(
     datasets = Datasets()
     for label, run in experiment.runs.items():
         try:
-            simulation(run, datasets)
+            check(run, datasets)
         except RequestError as error:
             raise RequestError(
                 f"{error} (run {label})" if experiment.varied else str(error)
             ) from None
 
+    train_missing(experiment.runs.values(), datasets, progress)
     todo = {
         label: _as_begun(run, out / label)
         for label, run in experiment.runs.items()
@@ -175,6 +178,7 @@ class Recorder:
         self._grid = grid
         self._record = record
         self._parts = min(_TEST_PARTS, prepared.problem.dataset.test_size)
+        self._sequences = prepared.problem.dataset.has_sequences
         self._previous: torch.Tensor | None = None  # the last aggregate
         self._since = time.perf_counter()
 
@@ -190,6 +194,7 @@ class Recorder:
             **(self._training(sums) if sums is not None else {}),
             "test_loss": tested.get("loss"),
             "test_accuracy": tested.get("accuracy"),
+            **({"test_perplexity": _perplexity(tested)} if self._sequences else {}),
             "wall_seconds": round(now - self._since, 4),
         }
         if server_round == 0:
@@ -272,6 +277,10 @@ def _weighted(parts: Iterable[dict[str, Any]]) -> dict[str, float]:
         for name in parts[0]
         if name != "num-examples"
     }
+
+
+def _perplexity(tested: dict[str, float]) -> float | None:
+    return float(np.exp(tested["loss"])) if tested else None
 
 
 def _cosine(first: torch.Tensor | None, second: torch.Tensor) -> float:

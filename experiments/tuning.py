@@ -26,6 +26,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import PositiveInt, ValidationError
 
 from experiments.progress import Progress
+from experiments.proxies import check, train_missing
 from experiments.running import DivergedError, results_folder, train
 from experiments.wiring import Datasets, simulation
 from fedinit.config import Run, Strict, explain, get
@@ -104,13 +105,14 @@ def tune(
     arms = [_arm(experiment, label, settings) for label in experiment.runs]
     datasets = Datasets()
     for arm in arms:
-        simulation(arm.runs[0], datasets)
+        check(arm.runs[0], datasets)
     described = [
         settings.model_dump(mode="json"),
         *(arm.run.model_dump(mode="json") for arm in arms),
     ]
     request = to_json(described, indent=1)
     _check_folder(out, request, resume)
+    train_missing((arm.run for arm in arms), datasets, progress)
     storage = f"sqlite:///{(out / _TRIALS).resolve()}"
     rules: list[dict[str, Any]] = []
     progress.note("starting the workers")

@@ -23,7 +23,8 @@ from fedinit.data import FederatedDataset, partitioned, with_validation
 from fedinit.errors import RequestError, named, unknown
 from fedinit.initialization import Initialization
 from fedinit.measurements.evaluation import evaluate
-from fedinit.problem import Problem, build_problem, find_model, load_dataset
+from fedinit.pretraining import proxy_path
+from fedinit.problem import Problem, build_problem, find_model, label_space, load_dataset
 from fedinit.registry import call, resolve
 from fedinit.simulation import RayGrid, Workers
 from strategies import SERVER_OPTIMIZERS, FedOpt
@@ -129,7 +130,7 @@ def simulation(run: Run, datasets: Datasets) -> Simulation:
     """
     problem = problem_of(run, datasets)
     record = initialize(run, problem)
-    _try(run, problem)
+    try_out(run, problem)
     strategy = make_strategy(run, problem)
     if run.client.optimizer in NEED_FEDOPT and not isinstance(strategy, FedOpt):
         raise RequestError(f"client.optimizer: {run.client.optimizer} needs strategy fedopt")
@@ -179,16 +180,30 @@ def initialize(run: Run, problem: Problem) -> Initialization:
     if run.initialization == "pretrained":
         if spec.pretrained is None:
             raise RequestError(
-                f"initialization: '{run.model}' has no pretrained weights; valid: random, a path "
-                "to a .safetensors file"
+                f"initialization: '{run.model}' has no pretrained weights; valid: random, proxy, a "
+                "path to a .safetensors file"
             )
         path = spec.pretrained()
-        return initialization.from_file(problem.model, path, spec.head, f"pretrained ({path.name})")
-    path = Path(run.initialization)
-    if not path.suffix:
-        choices = ["random", "pretrained", "PATH.safetensors"]
-        raise unknown("initialization", run.initialization, choices)
-    return initialization.from_file(problem.model, path, spec.head, str(path))
+        source = f"pretrained ({path.name})"
+    elif run.initialization == "proxy":
+        path = proxy_path(run)
+        source = f"proxy ({run.proxy.dataset}, {path.name})"
+        if not path.exists():
+            raise RequestError("initialization: this proxy is not trained; fedinit pretrain FILE")
+    else:
+        path = Path(run.initialization)
+        source = str(path)
+        if not path.suffix:
+            choices = ["random", "pretrained", "proxy", "PATH.safetensors"]
+            raise unknown("initialization", run.initialization, choices)
+    return initialization.from_file(
+        problem.model,
+        path,
+        spec.head,
+        source,
+        label_space(run, problem.dataset),
+        run.normalization == "fresh",
+    )
 
 
 def make_strategy(run: Run, problem: Problem) -> Strategy:
@@ -245,8 +260,12 @@ def _memory_format(run: Run, *shipped: ray.ObjectRef) -> str:
     return fastest_memory_format(_worker_problem(run, *shipped), run.client.batch_size)
 
 
-def _try(run: Run, problem: Problem) -> None:
-    """Run the model and the loss on two rows: what does not fit is seen before any work starts."""
+def try_out(run: Run, problem: Problem) -> None:
+    """Run the model and the loss on two rows: what does not fit is seen before any work starts.
+
+    Raises:
+        RequestError: they do not fit.
+    """
     shape = tuple(problem.dataset.inputs.shape[1:])
     try:
         evaluate(problem.model, problem.loss, [problem.dataset.test_batch(0, 2)])

@@ -80,6 +80,29 @@ class Measure(Strict):
     distance: bool = False
 
 
+class Proxy(Strict):
+    """Supervised pre-training of a run's model, by SGD on rows of another data set, shuffled.
+
+    Attributes:
+        dataset, dataset_args: the proxy data; needed with `initialization: proxy`.
+        max_examples: at most so many of its rows, drawn by the seed.
+        schedule: of the rate over all steps: `cosine` goes down to zero.
+        seed: of the weights to begin with, and of the shuffles; the same for every run's seed.
+    """
+
+    dataset: str | None = None
+    dataset_args: dict[str, Any] = {}
+    max_examples: PositiveInt | None = None
+    epochs: PositiveInt = 1
+    batch_size: PositiveInt = 64
+    lr: PositiveFloat = 0.05
+    momentum: Decay = 0.9
+    weight_decay: NonNegativeFloat = 0.0
+    schedule: Literal["constant", "cosine"] = "cosine"
+    max_grad_norm: PositiveFloat | None = None
+    seed: NonNegativeInt = 0
+
+
 class Run(Strict):
     """One run, fully specified. Names are resolved, and sizes checked, before any work starts."""
 
@@ -91,6 +114,8 @@ class Run(Strict):
     loss: str = "cross-entropy"
     loss_args: dict[str, Any] = {}
     initialization: str = "random"
+    proxy: Proxy = Proxy()
+    normalization: Literal["loaded", "fresh"] = "loaded"
     trainable: Literal["all", "head"] = "all"
     strategy: str = "fedopt"
     strategy_args: dict[str, Any] = {}

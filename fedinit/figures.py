@@ -19,6 +19,7 @@ from fedinit.statistics import Spread
 MEASURES = {
     "test_accuracy": "Test accuracy",
     "test_loss": "Test loss",
+    "test_perplexity": "Test perplexity",
     "train_loss": "Train loss",
     "gradient_diversity": "Gradient diversity",
     "mean_pairwise_cosine": "Mean pairwise cosine",

@@ -4,30 +4,39 @@ A model is first built at random from the run's seed; then, for any other initia
 are read into it. So both arms of a pair have the same head wherever the head is fresh.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedinit.errors import RequestError, one_line
 from fedinit.parameters import Layout
 
-# BatchNorm's running statistics, which a model with GroupNorm has no place for
-_BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+METADATA = "fedinit"  # the key in a .safetensors file
+# What a model of ours has no place for: BatchNorm's running statistics where it has GroupNorm, and
+# the masks that published GPT-2 weights carry.
+_NO_PLACE = ("running_mean", "running_var", "num_batches_tracked", "attn.bias", "attn.masked_bias")
+_NORMALIZATIONS = (nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
 
 
 @dataclass
 class Initialization:
-    """What a run started from: names loaded, names fresh from the seed, names that had no place."""
+    """What a run started from: names loaded, names fresh from the seed, names that had no place.
+
+    `about` is what the file says of itself: how a proxy's weights came to be.
+    """
 
     source: str
     loaded: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """One line: how many were loaded, which are fresh, which were not used."""
@@ -46,7 +55,14 @@ def random(model: nn.Module) -> Initialization:
     return Initialization("random", fresh=list(model.state_dict()))
 
 
-def from_file(model: nn.Module, path: Path, head: str | None, source: str) -> Initialization:
+def from_file(
+    model: nn.Module,
+    path: Path,
+    head: str | None,
+    source: str,
+    labels: str | None = None,
+    fresh_normalization: bool = False,
+) -> Initialization:
     """Read weights into a model, in place.
 
     The head is loaded if all of it fits and else stays fresh; everything else must fit.
@@ -56,11 +72,17 @@ def from_file(model: nn.Module, path: Path, head: str | None, source: str) -> In
         path: a .safetensors file, or one of torchvision's checkpoints.
         head: prefix of the head's names, or None.
         source: what to call these weights.
+        labels: what the model's labels mean. A file that says that its own mean something else has
+            a head that does not fit, whatever its shape.
+        fresh_normalization: leave the scales and shifts of normalisation layers as they are, one
+            and zero when the model is new: those of another kind of normalisation, BatchNorm's for
+            GroupNorm, were trained with other statistics.
 
     Raises:
         RequestError: the file is missing or corrupt, or its names or shapes do not fit the model.
     """
     weights = read_weights(path)
+    about = metadata(path)
     state = model.state_dict()
     own = {name: state[name] for name in Layout.of(model).shapes}  # tied ones once, as we write
 
@@ -70,10 +92,12 @@ def from_file(model: nn.Module, path: Path, head: str | None, source: str) -> In
     def fits(name: str) -> bool:
         return name in weights and weights[name].shape == own[name].shape
 
-    head_fits = all(fits(name) for name in own if in_head(name))
-    record = Initialization(source)
+    same_labels = labels is None or about.get("labels", labels) == labels
+    head_fits = same_labels and all(fits(name) for name in own if in_head(name))
+    normalization = _normalization(model) if fresh_normalization else set()
+    record = Initialization(source, about=about)
     for name, value in own.items():
-        if in_head(name) and not head_fits:
+        if name in normalization or (in_head(name) and not head_fits):
             record.fresh.append(name)
         elif fits(name):
             record.loaded.append(name)
@@ -85,12 +109,33 @@ def from_file(model: nn.Module, path: Path, head: str | None, source: str) -> In
     tied = state.keys() - own.keys()
     record.unused = [name for name in weights if name not in record.loaded and name not in tied]
     for name in record.unused:
-        if not in_head(name) and not name.endswith(_BATCH_STATISTICS):
+        if not in_head(name) and name not in normalization and not name.endswith(_NO_PLACE):
             raise RequestError(f"initialization: {path}: the model has no '{name}'")
     with torch.no_grad():
         for name in record.loaded:
             own[name].copy_(weights[name])
     return record
+
+
+def _normalization(model: nn.Module) -> set[str]:
+    return {
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        if isinstance(module, _NORMALIZATIONS)
+        for parameter, _ in module.named_parameters(recurse=False)
+    }
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """Return what `fedinit pretrain` wrote into a file of weights about them; else nothing."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(METADATA)
+    try:
+        return json.loads(text) if text else {}
+    except ValueError:
+        return {}  # somebody else's, under our name
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:

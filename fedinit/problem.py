@@ -53,6 +53,11 @@ def load_dataset(run: Run) -> FederatedDataset:
     return dataset
 
 
+def label_space(run: Run, dataset: FederatedDataset) -> str:
+    """Return what names the meaning of a data set's labels: its own word for it, or its name."""
+    return dataset.labels or run.dataset
+
+
 def find_model(name: str) -> Model:
     """Return the model that a run names; a user's own may carry its head's prefix as `head`."""
     found = resolve("model", name, MODELS)

@@ -17,6 +17,7 @@ class Draw(IntEnum):
     SAMPLE = 7
     SEARCH = 8
     CLIENTS = 9
+    PROXY = 10
 
 
 def keyed(draw: Draw, seed: int, *key: int) -> np.random.Generator:

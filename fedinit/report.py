@@ -28,6 +28,7 @@ _RESULTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "final_test_accuracy": ("final accuracy", wording.share),
     "best_test_accuracy": ("best accuracy", wording.share),
     "final_test_loss": ("final loss", wording.number),
+    "final_test_perplexity": ("final perplexity", wording.number),
     "best_test_loss": ("best loss", wording.number),
     "rounds_to_target": ("rounds to target", str),
     "wall_seconds": ("seconds", "{:.1f}".format),
@@ -261,7 +262,7 @@ def _tell_spread(
 def _recorded(summary: dict[str, Any]) -> list[str]:
     """Return the result columns that at least one run has a value in."""
     return [
-        column for column in _RESULTS if any(row[column] is not None for row in summary["runs"])
+        column for column in _RESULTS if any(row.get(column) is not None for row in summary["runs"])
     ]
 
 

@@ -216,6 +216,7 @@ def _summary_row(folder: Path, label: str, varied: list[str], run: Run) -> dict[
         "initial_test_loss": rounds[0]["test_loss"] if rounds else None,
         "final_test_accuracy": last.get("test_accuracy"),
         "final_test_loss": last.get("test_loss"),
+        "final_test_perplexity": last.get("test_perplexity"),
         "best_test_accuracy": max((line["test_accuracy"] for line in accuracies), default=None),
         "best_test_loss": min((line["test_loss"] for line in tested), default=None),
         "rounds_to_target": min(reached, default=None),

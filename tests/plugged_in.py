@@ -8,6 +8,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
 from fedinit.data import FederatedDataset
+from fedinit.data.federated_dataset import IGNORED
 
 
 def quadratics(
@@ -142,3 +143,30 @@ class SlowUnless(Convolution):
         if not self.convolution.weight.is_contiguous(memory_format=self.fast):
             time.sleep(0.02)
         return super().forward(images)
+
+
+def other_gaussians() -> FederatedDataset:
+    """The same points, of which nobody says that their labels mean the same."""
+    return gaussians()
+
+
+def two_tokens() -> FederatedDataset:
+    """One client with two texts of three tokens and one, of a vocabulary of two."""
+    inputs = torch.zeros((2, 3), dtype=torch.int64)
+    targets = torch.tensor([[0, 0, 1], [1, IGNORED, IGNORED]])
+    return FederatedDataset(inputs, targets, {"a": [0, 1]}, inputs, targets, 2)
+
+
+class Unigram(nn.Module):
+    """One score for each token, whatever came before; zero at first."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(torch.zeros(num_classes))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.scores[None, :, None].expand(len(tokens), -1, tokens.shape[1])
+
+
+def group_norm_network() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 4), nn.GroupNorm(2, 4))

@@ -7,13 +7,15 @@ from fedinit.data.fashion_mnist import fashion_mnist
 from fedinit.data.federated_dataset import ClientRows, FederatedDataset
 from fedinit.data.femnist import femnist
 from fedinit.data.partitions import PARTITIONS, partitioned, with_validation
-from fedinit.data.shakespeare import shakespeare
+from fedinit.data.shakespeare import shakespeare, shakespeare_texts
+from fedinit.data.text import TextDataset
 
 DATASETS: dict[str, Callable[..., FederatedDataset]] = {
     "cifar10": cifar10,
     "fashion-mnist": fashion_mnist,
     "femnist": femnist,
     "shakespeare": shakespeare,
+    "shakespeare-texts": TextDataset(shakespeare_texts),
 }
 
 __all__ = [

@@ -135,6 +135,11 @@ class FederatedDataset:
         return len(self.test_inputs) if self.held_out is None else len(self.held_out)
 
     @property
+    def has_sequences(self) -> bool:
+        """Whether a row has several labels to predict, as texts' tokens are."""
+        return self.targets.ndim > 1 and not self.targets.is_floating_point()
+
+    @property
     def owners(self) -> ClientRows:
         """The clients.
 

@@ -5,10 +5,10 @@ import pyarrow.compute as pc
 import torch
 
 from fedinit.assets import asset
-from fedinit.data.clients import check_counts
+from fedinit.data.clients import Choice, check_counts
 from fedinit.data.federated_dataset import ClientRows, FederatedDataset
 from fedinit.data.sources import read_parquet
-from fedinit.data.text import character_vocabulary, character_windows, spaced
+from fedinit.data.text import Texts, character_vocabulary, character_windows, spaced
 from fedinit.errors import RequestError
 from fedinit.randomness import Draw, keyed
 
@@ -30,11 +30,8 @@ def shakespeare(
     Raises:
         RequestError: a number is below 1, or no role would be left to train on.
     """
-    table = read_parquet(asset("shakespeare-roles.parquet"), ["play", "role", "speech"])
-    roles = pc.binary_join_element_wise(table["play"], table["role"], "/").to_numpy(
-        zero_copy_only=False
-    )
-    names, role = np.unique(roles.astype(str), return_inverse=True)
+    roles, speeches = _speeches()
+    names, role = np.unique(roles, return_inverse=True)
     sizes = {
         "window": window,
         "examples_per_client": examples_per_client,
@@ -45,7 +42,7 @@ def shakespeare(
     if test_roles >= len(names):
         raise RequestError(f"dataset_args.test_roles: there are only {len(names)} roles")
 
-    windows, starts, text = character_windows(table["speech"].to_pylist(), window)
+    windows, starts, text = character_windows(speeches, window)
     order = np.argsort(role[text], kind="stable")
     starts, owners = starts[order], role[text][order]
     held_out = keyed(Draw.PARTITION, 0).permutation(len(names))[:test_roles]
@@ -63,6 +60,20 @@ def shakespeare(
         num_classes=max(character_vocabulary().values()) + 1,
         labels="characters",
     )
+
+
+def shakespeare_texts(data_dir: str | None, choice: Choice) -> tuple[Texts, None]:
+    """Plays, next word or sub-word, by role (natural clients)."""
+    if data_dir is not None:
+        raise RequestError("dataset_args.data_dir: shakespeare-texts is embedded, it has no files")
+    roles, speeches = _speeches()
+    return Texts(roles, speeches).of(choice), None
+
+
+def _speeches() -> tuple[np.ndarray, list[str]]:
+    table = read_parquet(asset("shakespeare-roles.parquet"), ["play", "role", "speech"])
+    roles = pc.binary_join_element_wise(table["play"], table["role"], "/")
+    return roles.to_numpy(zero_copy_only=False).astype(str), table["speech"].to_pylist()
 
 
 def _thin(owners: np.ndarray, most: int) -> np.ndarray:

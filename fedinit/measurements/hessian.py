@@ -143,7 +143,7 @@ def hessian_product(model: nn.Module, loss: Loss, batches: Batches) -> Product:
     sizes = [each.numel() for each in parameters]
 
     def of_batch(inputs: Tensor, targets: Tensor, vectors: list[Tensor]) -> Sequence[Tensor]:
-        share = per_example(loss(model(inputs), targets)).sum() / examples
+        share = per_example(loss(model(inputs), targets), targets).sum() / examples
         gradients = torch.autograd.grad(
             share, parameters, create_graph=True, materialize_grads=True
         )

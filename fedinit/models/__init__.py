@@ -9,8 +9,8 @@ from torch import nn
 from torchvision.models import ResNet18_Weights, SqueezeNet1_0_Weights
 
 from fedinit.assets import asset
-from fedinit.models.language import charrnn
-from fedinit.models.pretrained import torchvision_checkpoint
+from fedinit.models.language import charlm, charrnn, distilgpt2
+from fedinit.models.pretrained import hub_weights, torchvision_checkpoint
 from fedinit.models.vision import cnn, resnet18, squeezenet1_0, squeezenet1_1
 
 
@@ -57,6 +57,13 @@ MODELS = {
         head="output",
         pretrained=partial(asset, "charrnn-reddit.fp16.safetensors"),
         weights="Reddit, embedded",
+    ),
+    "charlm": Model(charlm, head="output"),
+    "distilgpt2": Model(
+        distilgpt2,
+        head="transformer.wte",
+        pretrained=partial(hub_weights, "distilbert/distilgpt2"),
+        weights="WebText, the hub's (download)",
     ),
 }
 

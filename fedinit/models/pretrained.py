@@ -1,4 +1,4 @@
-"""torchvision's checkpoints, from torch hub's folder or the network."""
+"""Published weights: from torch hub's folder, the Hugging Face cache, or the network."""
 
 from pathlib import Path
 from urllib.error import URLError
@@ -6,7 +6,7 @@ from urllib.error import URLError
 import torch
 from torchvision.models import WeightsEnum
 
-from fedinit.errors import RequestError
+from fedinit.errors import RequestError, named
 
 
 def torchvision_checkpoint(weights: WeightsEnum) -> Path:
@@ -26,3 +26,20 @@ def torchvision_checkpoint(weights: WeightsEnum) -> Path:
                 f"initialization: cannot download {weights.url} ({error}); put that file at {path}"
             ) from None
     return path
+
+
+def hub_weights(repository: str) -> Path:
+    """Return the model.safetensors of a repository on the Hugging Face hub, downloaded once.
+
+    Raises:
+        RequestError: it is not in the cache and cannot be had.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, "model.safetensors"))
+    except Exception as error:  # the network, the hub, the cache
+        raise RequestError(
+            f"initialization: cannot fetch {repository} from the Hugging Face hub ({named(error)});"
+            " name its model.safetensors as the initialization instead"
+        ) from None

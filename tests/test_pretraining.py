@@ -1,0 +1,164 @@
+"""Proxy weights: what they are, where they lie, and what a run takes from them."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fedinit.initialization import metadata
+from fedinit.results import RunFolder
+
+# One row: the loss is 1/2 a (x - b)^2, from x = 0. The federated data have their optimum elsewhere.
+A, B, LR, MOMENTUM, EPOCHS = 2.0, 3.0, 0.1, 0.5, 6
+POINT = {
+    "dataset": "plugged_in:quadratics",
+    "dataset_args": {"curvature": [[1.0]], "optimum": [[7.0]], "examples": [1]},
+    "model": "plugged_in:Point",
+    "model_args": {"size": 1},
+    "loss": "plugged_in:half_squared_error",
+    "initialization": "proxy",
+    "proxy": {
+        "dataset": "plugged_in:quadratics",
+        "dataset_args": {"curvature": [[A]], "optimum": [[B]], "examples": [1]},
+        "lr": LR,
+        "momentum": MOMENTUM,
+        "epochs": EPOCHS,
+    },
+    "rounds": 1,
+    "cohort": 1,
+    "workers": 1,
+}
+CLASSIFIER = {
+    "dataset": "plugged_in:gaussians",
+    "model": "plugged_in:dropout_classifier",
+    "proxy": {"dataset": "plugged_in:gaussians", "epochs": 20, "batch_size": 8, "lr": 0.2},
+    "cohort": 2,
+    "rounds": 1,
+    "workers": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "fedinit" / "proxy"
+
+
+def by_hand(schedule: str) -> float:
+    """v <- m v + a (x - b), x <- x - lr_t v; cosine: lr_t = lr (1 + cos(pi t / T)) / 2."""
+    x = velocity = 0.0
+    for step in range(EPOCHS):
+        rate = LR * (1 + math.cos(math.pi * step / EPOCHS)) / 2 if schedule == "cosine" else LR
+        velocity = MOMENTUM * velocity + A * (x - B)
+        x -= rate * velocity
+    return x
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_a_run_starts_where_its_proxy_ends(schedule, finals, cache):
+    """Round 0's test loss, at the federated optimum 7, is 1/2 (x - 7)^2."""
+    settings = POINT | {"proxy": {**POINT["proxy"], "schedule": schedule}}
+    (run,) = finals(settings).values()
+    x = by_hand(schedule)
+    assert RunFolder(run).rounds[0]["test_loss"] == pytest.approx((x - 7) ** 2 / 2, rel=1e-9)
+    (path,) = cache.iterdir()
+    assert load_file(path)["x"].item() == pytest.approx(x, rel=1e-9)
+    epochs = metadata(path)["epochs"]
+    assert [each["epoch"] for each in epochs] == [1, 2, 3, 4, 5, 6]
+    assert epochs[0]["train_loss"] == pytest.approx(A * B**2 / 2)
+    assert epochs[-1]["test_loss"] == pytest.approx(A * (x - B) ** 2 / 2)
+    assert RunFolder(run).initialization["about"] == metadata(path)
+
+
+def test_what_is_trained_once_is_found_again(fedinit, experiment, ray_started, cache, tmp_path):
+    """`pretrain` and `run` share the file; another setting is another file, a run's seed is not."""
+    file = experiment(POINT | {"grid": {"seed": [0, 1], "proxy.lr": [0.1, 0.2]}})
+    made = fedinit("pretrain", file)
+    assert made.exit_code == 0, made.output
+    paths = sorted(cache.iterdir())
+    assert sorted(made.stdout.split("\n")[-3:-1]) == [str(path) for path in paths]
+    kept = [path.stat().st_mtime_ns for path in paths]
+    assert fedinit("run", file, "--out", tmp_path / "out").exit_code == 0
+    assert [path.stat().st_mtime_ns for path in sorted(cache.iterdir())] == kept
+
+
+@pytest.mark.parametrize(
+    ("dataset", "fresh"),
+    [("plugged_in:gaussians", []), ("plugged_in:other_gaussians", ["3.weight", "3.bias"])],
+)
+def test_a_trained_head_fits_only_the_labels_it_was_trained_on(dataset, fresh, finals, cache):
+    """Three corners, 60 test points: trained on them the first round is better than chance."""
+    settings = CLASSIFIER | {"dataset": dataset, "initialization": "proxy"}
+    (run,) = finals(settings).values()
+    record = RunFolder(run).initialization
+    assert record["fresh"] == fresh
+    assert (RunFolder(run).rounds[0]["test_accuracy"] > 0.9) == (not fresh)
+    (path,) = cache.iterdir()
+    assert metadata(path)["labels"] == "plugged_in:gaussians"
+    assert metadata(path)["examples"] == sum(20 + 5 * client for client in range(6))
+
+
+def test_a_weights_file_of_a_proxy_can_be_named(fedinit, experiment, finals, cache):
+    assert fedinit("pretrain", experiment(CLASSIFIER | {"initialization": "proxy"})).exit_code == 0
+    (path,) = cache.iterdir()
+    (run,) = finals(CLASSIFIER | {"initialization": str(path)}).values()
+    assert len(RunFolder(run).initialization["loaded"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "texts"),
+    [
+        ({"proxy": {}}, ["proxy.dataset", "required"]),
+        ({"proxy": {"dataset": "fashion-mnst"}}, ["dataset 'fashion-mnst'", "'fashion-mnist'?"]),
+        ({"proxy": {"dataset": "fashion-mnist"}}, ["does not fit", "(1, 28, 28)", "fashion-mnist"]),
+        ({"proxy": {**CLASSIFIER["proxy"], "lr": 1e30}}, ["proxy.lr", "not finite"]),
+        ({"proxy": {**CLASSIFIER["proxy"], "rate": 1}}, ["proxy.rate", "valid"]),
+        ({"cohort": 99}, ["cohort: 99"]),
+    ],
+)
+def test_a_wrong_proxy_ends_in_one_line(change, texts, fedinit, experiment, tmp_path, cache):
+    file = experiment(CLASSIFIER | {"initialization": "proxy"} | change)
+    for command in (("run", file, "--out", tmp_path / "out"), ("pretrain", file)):
+        result = fedinit(*command)
+        assert result.exit_code == 2, result.output
+        lines = [line for line in result.stderr.splitlines() if line.startswith("fedinit:")]
+        assert len(lines) == 1
+        for text in texts:
+            assert text in lines[0]
+    assert not (tmp_path / "out").exists()
+    assert not cache.exists()
+
+
+def test_no_proxy_to_train_is_said(fedinit, experiment):
+    result = fedinit("pretrain", experiment(CLASSIFIER))
+    assert (result.exit_code, "starts from proxy" in result.stderr) == (2, True)
+
+
+def test_fresh_normalization_leaves_scales_and_shifts(finals, tmp_path):
+    """Of a file with every array at 0.5: `loaded` takes GroupNorm's too, `fresh` keeps 1 and 0."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.GroupNorm(2, 4))
+    weights = {name: torch.full_like(value, 0.5) for name, value in model.state_dict().items()}
+    save_file(weights, tmp_path / "half.safetensors")
+    settings = {
+        "dataset": "plugged_in:gaussians",
+        "model": "plugged_in:group_norm_network",
+        "initialization": str(tmp_path / "half.safetensors"),
+        "client": {"lr": 1e-30},
+        "cohort": 1,
+        "rounds": 1,
+        "workers": 1,
+        "grid": {"normalization": ["loaded", "fresh"]},
+    }
+    runs = finals(settings)
+    loaded, fresh = (
+        load_file(runs[f"normalization={each}"] / "final.safetensors")
+        for each in ("loaded", "fresh")
+    )
+    assert all(value.eq(0.5).all() for value in loaded.values())
+    assert fresh["0.weight"].eq(0.5).all()
+    assert fresh["1.weight"].eq(1).all()
+    assert fresh["1.bias"].abs().max() < 1e-20
+    record = RunFolder(runs["normalization=fresh"]).initialization
+    assert record["fresh"] == record["unused"] == ["1.weight", "1.bias"]
