@@ -35,7 +35,7 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
     found = {}
     for task, results in tasks(folder, summary).items():
         for start in BOTH:
-            at = [result for result in results if result.run.initialization == start]
+            at = [result for result in results if result.start == start]
             for name in (*PANELS, *BESIDE.values()):
                 if spreads := _by_round(at, name):
                     curves[task, start, name] = spreads

@@ -26,7 +26,7 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
     for task, results in tasks(folder, summary, ["client.optimizer"]).items():
         arms = by_arm(
             results,
-            lambda r: (r.run.client.optimizer, r.run.initialization),
+            lambda r: (r.run.client.optimizer, r.start),
             lambda r: r.final_accuracy,
         )
         if from_both(arms, "sgd", "gd"):

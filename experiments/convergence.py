@@ -25,9 +25,9 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
     """Draw accuracy by round; compare the ends, and when pre-trained passes random's end."""
     found = {}
     for task, results in tasks(folder, summary).items():
-        arms = by_arm(results, lambda r: r.run.initialization, lambda r: r.final_accuracy)
+        arms = by_arm(results, lambda r: r.start, lambda r: r.final_accuracy)
         if from_both(arms):
-            starts = [r for r in results if r.run.initialization == PRETRAINED]
+            starts = [r for r in results if r.start == PRETRAINED]
             found[task] = _compare(starts, arms[RANDOM], arms[PRETRAINED])
     drawing = curves("convergence", "Accuracy by round", folder, summary)
     return Finding(drawing, verdict(CLAIM, found), replaces="test_accuracy")

@@ -8,7 +8,7 @@ from typing import Any
 from fedinit import wording
 from fedinit.config import Run
 from fedinit.drawing import Drawing
-from fedinit.figures import draw_figures, label
+from fedinit.figures import draw_figures, label, shorten
 from fedinit.results import RunFolder
 from fedinit.statistics import Spread, paired_difference
 
@@ -31,6 +31,11 @@ class Result:
         return self.rounds[-1]["test_accuracy"]
 
     @property
+    def start(self) -> str:
+        """RANDOM or PRETRAINED: whatever is not random was trained before, published or proxy."""
+        return RANDOM if self.run.initialization == RANDOM else PRETRAINED
+
+    @property
     def method(self) -> tuple[str, str]:
         """Client and server optimizer."""
         return self.run.client.optimizer, self.run.server.optimizer
@@ -47,7 +52,8 @@ def tasks(
         compared: the varied keys that the study compares, beside the initialization and the seed.
 
     Returns:
-        Name of a task (data set, and any other varied setting) -> its runs.
+        Name of a task (data set, and any other varied setting) -> its runs. What has started from
+        several weights is as many tasks, which share the runs from random ones.
     """
     own = {"initialization", "seed", *compared}
     keys = [key for key in summary["varied"] if key not in own]
@@ -57,7 +63,13 @@ def tasks(
             at = RunFolder(folder / row["run"])
             result = Result(at.run, at.rounds, at)
             by_task.setdefault(label(row, keys) or result.run.dataset, []).append(result)
-    return by_task
+    apart: dict[str, list[Result]] = {}
+    for task, results in by_task.items():
+        others = dict.fromkeys(r.run.initialization for r in results if r.start == PRETRAINED)
+        for other in others or [PRETRAINED]:
+            name = f"{task} from {shorten(other)}" if len(others) > 1 else task
+            apart[name] = [r for r in results if r.run.initialization in (RANDOM, other)]
+    return apart
 
 
 def curves(name: str, title: str, folder: Path, summary: dict[str, Any]) -> Drawing:

@@ -58,4 +58,4 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
 
 
 def _by_start(results: list[Result], name: str) -> dict[str, BySeed]:
-    return by_arm(results, lambda r: r.run.initialization, lambda r: r.rounds[0].get(name))
+    return by_arm(results, lambda r: r.start, lambda r: r.rounds[0].get(name))

@@ -30,7 +30,7 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
     for task, results in tasks(folder, summary, compared).items():
         arms = by_arm(
             results,
-            lambda r: (IID if r.run.partition.kind == "iid" else NON_IID, r.run.initialization),
+            lambda r: (IID if r.run.partition.kind == "iid" else NON_IID, r.start),
             lambda r: r.final_accuracy,
         )
         if from_both(arms, IID, NON_IID):

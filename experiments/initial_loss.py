@@ -24,7 +24,7 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
     """Tabulate the loss of x before the first round; the claim is of all tasks together."""
     losses = {}
     for task, results in tasks(folder, summary).items():
-        arms = by_arm(results, lambda r: r.run.initialization, lambda r: r.rounds[0]["test_loss"])
+        arms = by_arm(results, lambda r: r.start, lambda r: r.rounds[0]["test_loss"])
         if from_both(arms):
             losses[task] = {start: spread(values) for start, values in arms.items()}
     told = {

@@ -29,7 +29,7 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
     for task, results in tasks(folder, summary, ["client.epochs"]).items():
         arms = by_arm(
             results,
-            lambda r: (r.run.client.epochs, r.run.initialization),
+            lambda r: (r.run.client.epochs, r.start),
             lambda r: r.final_accuracy,
         )
         lines[task] = {

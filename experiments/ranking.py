@@ -21,9 +21,7 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
     found: dict[str, tuple[str, bool]] = {}
     scores: dict[str, dict[Method, dict[str, BySeed]]] = {}
     for task, results in tasks(folder, summary, OPTIMIZERS).items():
-        arms = by_arm(
-            results, lambda each: (each.method, each.run.initialization), lambda r: r.final_accuracy
-        )
+        arms = by_arm(results, lambda each: (each.method, each.start), lambda r: r.final_accuracy)
         methods = dict.fromkeys(method for method, _ in arms)
         pairs = {
             method: {start: arms[method, start] for start in BOTH}

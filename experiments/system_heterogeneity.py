@@ -30,9 +30,7 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
     """Draw accuracy by round and method; name the best method from either initialization."""
     found = {}
     for task, results in tasks(folder, summary, OPTIMIZERS).items():
-        arms = by_arm(
-            results, lambda r: (r.run.initialization, r.method), lambda r: r.final_accuracy
-        )
+        arms = by_arm(results, lambda r: (r.start, r.method), lambda r: r.final_accuracy)
         by_start = {
             start: {method: arms[at, method] for at, method in arms if at == start}
             for start in BOTH

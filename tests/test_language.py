@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -308,3 +310,38 @@ def test_distilgpt2_takes_weights_in_the_hubs_layout(tokenizer, finals, tmp_path
     with torch.no_grad():
         theirs = published(tokens).logits
         assert torch.allclose(ours(tokens).transpose(1, 2), theirs, atol=1e-6)
+
+
+def test_any_text_file_may_be_the_proxy(tmp_path):
+    """Lines are texts, blank ones are none; parquet files come with the hub's split."""
+    (tmp_path / "a.txt").write_text("one two\n\nthree\n  \nfour\n")
+    data = DATASETS["wikitext"](str(tmp_path), length=4, vocabulary=9, test_share=0.34)
+    assert len(data.inputs) == 2
+    assert data.test_size == 1
+    for split, lines in (("train", ["one", "", "two"]), ("test", ["three"])):
+        path = tmp_path / f"{split}-00000-of-00001.parquet"
+        pq.write_table(pa.table({"text": lines}), path)
+    split = DATASETS["wikitext"](str(tmp_path), length=4, vocabulary=9)
+    assert (len(split.inputs), split.test_size) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", b"caf\xe9", "a.txt: 'utf-8' codec"),
+        ("a.txt", b" \n", "no text"),
+        ("train.parquet", b"PAR1", "train.parquet"),
+        ("a.md", b"", "holds no *.parquet and no *.txt"),
+    ],
+)
+def test_a_damaged_text_file_is_one_line(tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RequestError) as refused:
+        DATASETS["wikitext"](str(tmp_path))
+    assert expected in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_without_the_network_wikitext_says_what_to_do():
+    with pytest.raises(RequestError, match=r"Salesforce/wikitext.*dataset_args\.data_dir"):
+        DATASETS["wikitext"]()

@@ -321,6 +321,24 @@ def test_other_varied_settings_are_tasks_of_their_own(tmp_path: Path) -> None:
     assert "on cohort = 2 the" in found.sentence
 
 
+def test_a_proxy_stands_where_published_weights_do(tmp_path: Path) -> None:
+    """With both, each is compared with random weights on its own."""
+    by_start = {"random": 0.3, "proxy": 0.7, "pretrained": 0.8}
+    for starts in (["random", "proxy"], ["random", "proxy", "pretrained"]):
+        (parent := tmp_path / str(len(starts))).mkdir()
+        found = finding(
+            parent,
+            "convergence",
+            f"{{initialization: [{', '.join(starts)}]}}",
+            ends(lambda run: by_start[run.initialization]),
+        )
+        for start in starts[1:]:
+            task = f"toy from {start}" if len(starts) > 2 else "toy"
+            end = f"{by_start[start]:.1%}"
+            assert f"on {task} the final test accuracy is {end} from pre-trained" in found.sentence
+        assert found.sentence.count("which agrees") == len(starts) - 1
+
+
 @pytest.mark.parametrize("study", list(STUDIES))
 @pytest.mark.parametrize("preset", ["embedded", "paper"])
 def test_every_study_has_its_two_presets(study: str, preset: str) -> None:
@@ -328,7 +346,10 @@ def test_every_study_has_its_two_presets(study: str, preset: str) -> None:
     experiment = load_experiment(EXPERIMENTS / f"{study}.yaml", preset=preset)
     assert experiment.study == study
     runs = experiment.runs.values()
-    assert {run.initialization for run in runs} == {"random", "pretrained"}
+    for model in {run.model for run in runs}:
+        trained = "proxy" if model == "charlm" else "pretrained"  # nobody publishes charlm's
+        starts = {run.initialization for run in runs if run.model == model}
+        assert starts == {"random", trained}
     seeds = {run.seed for run in runs}
     assert len(seeds) >= 2 if preset == "embedded" else seeds == {0, 1, 2}
     cost_table(experiment)

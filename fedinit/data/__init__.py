@@ -9,6 +9,7 @@ from fedinit.data.femnist import femnist
 from fedinit.data.partitions import PARTITIONS, partitioned, with_validation
 from fedinit.data.shakespeare import shakespeare, shakespeare_texts
 from fedinit.data.text import TextDataset
+from fedinit.data.wikitext import wikitext
 
 DATASETS: dict[str, Callable[..., FederatedDataset]] = {
     "cifar10": cifar10,
@@ -16,6 +17,7 @@ DATASETS: dict[str, Callable[..., FederatedDataset]] = {
     "femnist": femnist,
     "shakespeare": shakespeare,
     "shakespeare-texts": TextDataset(shakespeare_texts),
+    "wikitext": TextDataset(wikitext),
 }
 
 __all__ = [

@@ -39,8 +39,16 @@ def read_parquet(path: Path, columns: Sequence[str]) -> pa.Table:
         raise RequestError(f"{path}: {one_line(error)}") from None
 
 
-def read_hub(repository: str, split: str, columns: Sequence[str]) -> pa.Table:
+def read_hub(
+    repository: str, split: str, columns: Sequence[str], part: str | None = None
+) -> pa.Table:
     """Read columns of a split of a data set on the hub; it is fetched once, with a progress bar.
+
+    Args:
+        repository: its name on the hub.
+        split: train, test, ...
+        columns: which.
+        part: one of the configurations that the repository has, if it has several.
 
     Raises:
         RequestError: it cannot be had; the text says which files to put where instead.
@@ -48,7 +56,7 @@ def read_hub(repository: str, split: str, columns: Sequence[str]) -> pa.Table:
     from datasets import load_dataset
 
     try:
-        return load_dataset(repository, split=split).select_columns(list(columns)).data.table
+        return load_dataset(repository, part, split=split).select_columns(list(columns)).data.table
     except Exception as error:  # the network, the hub, and what it holds
         raise RequestError(
             f"dataset: cannot fetch {repository} from the Hugging Face hub ({named(error)}); put "
