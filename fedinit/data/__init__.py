@@ -7,7 +7,9 @@ from fedinit.data.fashion_mnist import fashion_mnist
 from fedinit.data.federated_dataset import ClientRows, FederatedDataset
 from fedinit.data.femnist import femnist
 from fedinit.data.partitions import PARTITIONS, partitioned, with_validation
+from fedinit.data.reddit import reddit
 from fedinit.data.shakespeare import shakespeare, shakespeare_texts
+from fedinit.data.stackoverflow import stackoverflow
 from fedinit.data.text import TextDataset
 from fedinit.data.wikitext import wikitext
 
@@ -15,8 +17,10 @@ DATASETS: dict[str, Callable[..., FederatedDataset]] = {
     "cifar10": cifar10,
     "fashion-mnist": fashion_mnist,
     "femnist": femnist,
+    "reddit": TextDataset(reddit),
     "shakespeare": shakespeare,
     "shakespeare-texts": TextDataset(shakespeare_texts),
+    "stackoverflow": TextDataset(stackoverflow),
     "wikitext": TextDataset(wikitext),
 }
 

@@ -25,26 +25,23 @@ class Choice:
     max_examples_per_client: int | None = None
     seed: int = 0
 
+    def clients(self, sizes: np.ndarray) -> np.ndarray:
+        """Return the positions, ascending, of the chosen among clients of these sizes (n,).
+
+        Raises:
+            RequestError: a number is below 1, or no client has enough examples.
+        """
+        return np.sort(self._clients(sizes, keyed(Draw.CLIENTS, self.seed)))
+
     def rows(self, owners: np.ndarray) -> np.ndarray:
         """Return the chosen rows, ascending, of data with these owners (n,).
 
         Raises:
             RequestError: a number is below 1, or no client has enough examples.
         """
-        check_counts(
-            {name: value for name, value in vars(self).items() if value is not None}, "seed"
-        )
         _, owner, sizes = np.unique(owners, return_inverse=True, return_counts=True)
-        clients = np.flatnonzero(sizes >= self.min_examples)
-        if not len(clients):
-            raise RequestError(
-                f"dataset_args.min_examples: no client has {self.min_examples} examples; "
-                f"the largest has {sizes.max(initial=0)}"
-            )
         rng = keyed(Draw.CLIENTS, self.seed)
-        if self.max_clients is not None and self.max_clients < len(clients):
-            clients = rng.permutation(clients)[: self.max_clients]
-        rows = np.flatnonzero(np.isin(owner, clients))
+        rows = np.flatnonzero(np.isin(owner, self._clients(sizes, rng)))
         if self.max_examples_per_client is None:
             return rows
         order = rows[np.lexsort((rng.random(len(rows)), owner[rows]))]
@@ -52,6 +49,20 @@ class Choice:
         starts = np.concatenate([[0], ends[:-1]])
         place = np.arange(len(order)) - starts[owner[order]]
         return np.sort(order[place < self.max_examples_per_client])
+
+    def _clients(self, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        check_counts(
+            {name: value for name, value in vars(self).items() if value is not None}, "seed"
+        )
+        clients = np.flatnonzero(sizes >= self.min_examples)
+        if not len(clients):
+            raise RequestError(
+                f"dataset_args.min_examples: no client has {self.min_examples} examples; "
+                f"the largest has {sizes.max(initial=0)}"
+            )
+        if self.max_clients is None or self.max_clients >= len(clients):
+            return clients
+        return rng.permutation(clients)[: self.max_clients]
 
 
 def held_out_clients(owners: np.ndarray, share: float, seed: int) -> np.ndarray:

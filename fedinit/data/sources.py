@@ -1,6 +1,8 @@
 """Where data sets come from: files in a folder, or the Hugging Face hub."""
 
 import json
+import lzma
+import shutil
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -63,6 +65,30 @@ def read_hub(
             f"its parquet files ({split}-*.parquet) into a folder and name it with "
             "dataset_args.data_dir"
         ) from None
+
+
+def download_lzma(url: str, name: str) -> Path:
+    """Return the unpacked file of an address; it is fetched and unpacked once, with a progress bar.
+
+    Raises:
+        RequestError: it cannot be had; the text says which file to put where instead.
+    """
+    from datasets import DownloadManager
+
+    try:
+        packed = Path(DownloadManager().download(url))
+        unpacked = packed.with_name(f"{packed.name}-{name}")
+        if not unpacked.exists():
+            partial = unpacked.with_suffix(".partial")
+            with lzma.open(packed) as source, partial.open("wb") as target:
+                shutil.copyfileobj(source, target)
+            partial.replace(unpacked)
+    except Exception as error:  # the network, the disk, and a damaged file
+        raise RequestError(
+            f"dataset: cannot fetch {url} ({named(error)}); put {name}, unpacked, into a folder "
+            "and name it with dataset_args.data_dir"
+        ) from None
+    return unpacked
 
 
 def read_json(path: Path) -> dict[str, Any]:
