@@ -1,4 +1,4 @@
-"""The command line: fedinit run, tune, pretrain, report, list."""
+"""The command line: fedinit run, tune, pretrain, data, report, list."""
 
 import os
 import sys
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedinit.experiment_file import Experiment
 
 EXPERIMENTS = Path(__file__).parent
+YAML = (".yaml", ".yml")
 WRONG_REQUEST = 2
 
 app = typer.Typer(
@@ -149,6 +150,49 @@ def pretrain(experiment: File, settings: Settings = None, preset: Preset = None)
 
 @app.command()
 @_one_line
+def data(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME|FILE", help="A data set, or an experiment's data.")
+    ],
+    settings: Settings = None,
+    out: Out = None,
+) -> None:
+    """Show what a data set and its partition look like, and draw the clients' sizes and labels.
+
+    Of an experiment's data sets, those that are not here are listed with the reason.
+    """
+    from experiments import data_summary
+    from experiments.wiring import Datasets
+    from fedinit.data import DATASETS, partitioned
+
+    console = Console()
+    datasets = Datasets()
+    if name in DATASETS or ":" in name:
+        runs = [data_summary.named(name, settings or [], datasets)]
+    elif name in _experiments() or Path(name).suffix in YAML:
+        runs = data_summary.different(_load(name, settings, None))
+    else:
+        raise unknown("data set or experiment", name, [*DATASETS, *_experiments(), "FILE.yaml"])
+    folder, missing = out or _new_folder(f"data-{Path(name).stem}"), []
+    for number, run in enumerate(runs, start=1):
+        try:
+            dataset = partitioned(datasets.load(run), run.partition, run.seed)
+        except RequestError as error:
+            missing.append(error)
+            continue
+        console.print(data_summary.facts(run, dataset))
+        at = folder if len(runs) == 1 else folder / f"{number}-{run.dataset.replace(':', '-')}"
+        for drawing in data_summary.drawings(run, dataset):
+            path = data_summary.write(drawing, at)
+            console.print(f"{drawing.title}: {path}", markup=False, soft_wrap=True)
+    if len(missing) == len(runs):
+        raise missing[0]
+    for reason in missing:
+        console.print(f"not here: {reason}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+@_one_line
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A results folder.")],
 ) -> None:
@@ -197,6 +241,10 @@ def _new_folder(name: str) -> Path:
     return Path("results") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
+def _experiments() -> dict[str, Path]:
+    return {each.stem: each for each in EXPERIMENTS.glob("*.yaml")}
+
+
 def find_experiment(name: str) -> Path:
     """Return the file of an experiment: a path, or the name of one of ours.
 
@@ -204,9 +252,9 @@ def find_experiment(name: str) -> Path:
         RequestError: there is no such file or experiment.
     """
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
+    if path.suffix in YAML or path.is_file():
         return path
-    known = {each.stem: each for each in EXPERIMENTS.glob("*.yaml")}
+    known = _experiments()
     if name not in known:
         raise unknown("experiment", name, [*known, "FILE.yaml"])
     return known[name]

@@ -20,9 +20,7 @@ from strategies import SERVER_OPTIMIZERS
 
 def tables() -> Iterator[Table]:
     """Yield a table for each kind of name."""
-    yield _table(
-        "dataset", {name: (_about(each), _source(each)) for name, each in DATASETS.items()}
-    )
+    yield _table("dataset", {name: (_about(each), source(each)) for name, each in DATASETS.items()})
     yield _table(
         "model",
         {name: (_about(each.build), each.weights) for name, each in MODELS.items()},
@@ -82,7 +80,8 @@ def _about(function: Callable[..., Any]) -> str:
     return (function.__doc__ or "").strip().splitlines()[0]
 
 
-def _source(dataset: Callable[..., Any]) -> str:
+def source(dataset: Callable[..., Any]) -> str:
+    """Say where a data set of ours is read from."""
     reads_files = "data_dir" in inspect.signature(dataset).parameters
     return "its files in data_dir, or the network" if reads_files else "nothing: embedded"
 

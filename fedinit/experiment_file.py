@@ -58,6 +58,18 @@ def parse_value(text: str) -> Any:
         raise RequestError(f"'{text}' is not a YAML value: {one_line(error)}") from None
 
 
+def override(text: str) -> tuple[str, Any]:
+    """Read `dotted.key=value`, as --set gives it.
+
+    Raises:
+        RequestError: it is something else.
+    """
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise RequestError(f"--set {text}: expected dotted.key=value")
+    return key, parse_value(value)
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """Read a YAML file of `key: value` settings.
 
@@ -94,14 +106,11 @@ def load_experiment(
         raw = _lay_preset_over(raw, preset)
         grids = _grids(raw.pop("grid", None))
         fixed: dict[str, Any] = {}
-        for override in overrides:
-            key, equals, text = override.partition("=")
-            if not equals:
-                raise RequestError(f"--set {override}: expected dotted.key=value")
+        for key, value in map(override, overrides):
             if key.startswith("grid."):
-                grids = _grids([grid | {key[5:]: parse_value(text)} for grid in grids])
+                grids = _grids([grid | {key[5:]: value} for grid in grids])
             else:
-                fixed[key] = parse_value(text)
+                fixed[key] = value
         rules = [rule for file in _files(raw) for rule in _rules_of(path.parent / file)]
         rules += check_rules("when", raw.pop("when", None) or [])
         beside = {key: raw.pop(key, None) for key in ("name", "study", "tune")}
