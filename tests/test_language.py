@@ -230,17 +230,21 @@ def test_charlm_without_weights_has_the_perplexity_of_a_guess(finals, tmp_path):
     assert RunFolder(run).rounds[0]["test_perplexity"] == pytest.approx(53)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Path:
-    """A real byte-level BPE tokenizer, learnt from Shakespeare, in the layout of the hub."""
+def learn_tokenizer(folder: Path) -> None:
+    """Write a real byte-level BPE tokenizer, learnt from Shakespeare, in the layout of the hub."""
     speeches = shakespeare_texts(None, Choice())[0].texts
     learnt = ByteLevelBPETokenizer()
     learnt.train_from_iterator(
         speeches, vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False
     )
-    folder = tmp_path_factory.mktemp("tokenizer")
     marks = {"eos_token": "<|endoftext|>"}
     PreTrainedTokenizerFast(tokenizer_object=learnt._tokenizer, **marks).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    learn_tokenizer(folder)
     return folder
 
 

@@ -1,14 +1,17 @@
 """A federated data set: rows held once, and which client owns which rows."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
-from fedinit.errors import RequestError
+from fedinit.errors import RequestError, one_line
 
 IGNORED = -100  # a target that counts in no loss and no accuracy: torch's own ignore_index
 
@@ -94,6 +97,7 @@ class FederatedDataset:
             )
         if not len(test_inputs):
             raise RequestError("dataset: the test set is empty")
+        self.folder: Path | None = None  # where the columns are mapped from
         self.inputs, self.targets = inputs, targets
         self.held_out: np.ndarray | None = None
         self.test_inputs, self.test_targets = test_inputs, test_targets
@@ -126,8 +130,58 @@ class FederatedDataset:
             self.num_classes,
             self.labels,
         )
-        dealt.held_out = held_out
+        dealt.held_out, dealt.folder = held_out, self.folder
         return dealt
+
+    def save(self, folder: Path) -> None:
+        """Write the data set to a folder, to be opened by `open`.
+
+        Each column is a tensor in Arrow's format; a column that is itself mapped, of an
+        `np.memmap` say, is written without being held in memory.
+
+        Raises:
+            RequestError: the folder is not empty or cannot be written.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise RequestError(f"{folder}: not empty")
+            columns = {name: self.__dict__[name].numpy() for name in _COLUMNS}
+            if self.clients is not None:
+                columns |= {"rows": self.clients.rows, "offsets": self.clients.offsets}
+            for name, values in columns.items():
+                with pa.OSFile(str(folder / f"{name}.arrow"), "wb") as file:
+                    pa.ipc.write_tensor(pa.Tensor.from_numpy(values), file)
+            ids = None if self.clients is None else self.clients.ids
+            about = {"num_classes": self.num_classes, "labels": self.labels, "clients": ids}
+            (folder / _ABOUT).write_text(json.dumps(about), encoding="utf-8")  # last: it is whole
+        except OSError as error:
+            raise RequestError(f"{folder}: {one_line(error)}") from None
+
+    @classmethod
+    def open(cls, folder: Path) -> "FederatedDataset":
+        """Open what `save` wrote: its rows stay in the files, mapped once for all processes.
+
+        The workers open the same path, so they must be on this machine, or share it.
+
+        Raises:
+            RequestError: the folder does not hold a data set, or a file is damaged.
+        """
+        try:
+            about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+            inputs, targets, test_inputs, test_targets = (
+                _mapped(folder, name) for name in _COLUMNS
+            )
+            ids, clients = about["clients"], None
+            if ids is not None:
+                rows, offsets = (_mapped(folder, name).numpy() for name in ("rows", "offsets"))
+                clients = ClientRows(ids, rows, offsets)
+            classes, labels = about["num_classes"], about["labels"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RequestError(f"{folder}: not a saved data set: {one_line(error)}") from None
+        opened = cls(inputs, targets, clients, test_inputs, test_targets, classes, labels)
+        opened.folder = folder.resolve()
+        return opened
 
     @property
     def test_size(self) -> int:
@@ -176,15 +230,25 @@ class FederatedDataset:
             )
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.folder is not None:  # the columns stay where they are
+            return {name: value for name, value in self.__dict__.items() if name not in _COLUMNS}
         # As ndarrays the columns lie once in shared memory, for all workers of a machine.
         return self.__dict__ | {name: self.__dict__[name].numpy() for name in _COLUMNS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         for name in _COLUMNS:
-            self.__dict__[name] = torch.from_numpy(state[name])
+            self.__dict__[name] = (
+                torch.from_numpy(state[name]) if self.folder is None else _mapped(self.folder, name)
+            )
 
 
+def _mapped(folder: Path, name: str) -> Tensor:
+    with pa.memory_map(str(folder / f"{name}.arrow")) as file:
+        return torch.from_numpy(pa.ipc.read_tensor(file).to_numpy())
+
+
+_ABOUT = "dataset.json"
 _COLUMNS = ("inputs", "targets", "test_inputs", "test_targets")
 
 
