@@ -41,6 +41,8 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
     # `auto` is settled before RayGrid's workers start; Flower's runtime has nobody to settle it.
     memory_format = MEMORY_FORMATS.get(run.memory_format, torch.contiguous_format)
     workspace = Workspace(problem, memory_format)
+    # The scores of a sequence are one for each token and word: hundreds of megabytes for 128 rows.
+    size = run.client.batch_size if problem.dataset.has_sequences else _EVALUATION_BATCH
     client_optimizer = CLIENT_OPTIMIZERS[run.client.optimizer]
 
     @app.train()
@@ -66,7 +68,6 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
     @app.evaluate()
     def evaluate_client(message: Message, context: Context) -> Message:
         rows = problem.dataset.owners.at(_client(context))
-        size = _EVALUATION_BATCH
         return evaluated(
             message,
             (problem.dataset.batch(rows[at : at + size]) for at in range(0, len(rows), size)),
@@ -77,7 +78,6 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
         config, rows = _config(message), problem.dataset.test_size
         part, parts = int(config["part"]), int(config["parts"])
         first, last = rows * part // parts, rows * (part + 1) // parts
-        size = _EVALUATION_BATCH
         return evaluated(
             message,
             (

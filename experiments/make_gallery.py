@@ -70,7 +70,8 @@ REAL_DATA = {
         "stackexchange-beer",
         "Posts of beer.stackexchange.com by their users (**not** Stack Overflow): the next "
         "character with charrnn, from Reddit's weights; the next word with charlm, from a proxy, 2 "
-        "epochs of 20,000 rows of Shakespeare's words; FedAdam, 30 rounds. Accuracy is by character or word.",
+        "epochs of 20,000 rows of Shakespeare's words; FedAdam, 30 rounds. Accuracy is by "
+        "character or word.",
     ),
 }
 

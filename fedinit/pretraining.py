@@ -26,7 +26,6 @@ from fedinit.problem import Problem, build_problem, label_space
 from fedinit.randomness import Draw, keyed, torch_seed
 from fedinit.results import to_json, write_atomically
 
-_TEST_BATCH = 128
 Report = Callable[[int, int, float], None]
 
 
@@ -133,14 +132,15 @@ def _epochs(proxy: Proxy, problem: Problem, report: Report) -> Iterator[dict[str
                     raise RequestError(f"proxy.lr: {proxy.lr}: the loss is not finite, step {done}")
                 total += loss
                 report(done, steps, loss / len(losses))
-            yield {"epoch": epoch, "train_loss": total / len(order), **_tested(problem)}
+            tested = _tested(problem, proxy.batch_size)
+            yield {"epoch": epoch, "train_loss": total / len(order), **tested}
 
 
-def _tested(problem: Problem) -> dict[str, float]:
+def _tested(problem: Problem, batch_size: int) -> dict[str, float]:
     size = problem.dataset.test_size
     batches = (
-        problem.dataset.test_batch(at, min(at + _TEST_BATCH, size))
-        for at in range(0, size, _TEST_BATCH)
+        problem.dataset.test_batch(at, min(at + batch_size, size))
+        for at in range(0, size, batch_size)
     )
     found = evaluate(problem.model, problem.loss, batches)
     return {f"test_{name}": found[name] for name in ("loss", "accuracy") if name in found}

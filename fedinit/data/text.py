@@ -224,6 +224,8 @@ def subwords(_texts: Sequence[str], length: int, _vocabulary: object, tokenizer:
     """Each sub-word of a byte-level BPE tokenizer predicts the next one."""
     encode = load_tokenizer(tokenizer)
     mark = encode.eos_token_id
+    if mark is None:
+        raise RequestError(f"dataset_args.tokenizer: '{tokenizer}' has no eos_token")
 
     def rows(texts: Sequence[str], keep: Keep) -> Rows:
         found = encode(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
@@ -233,7 +235,8 @@ def subwords(_texts: Sequence[str], length: int, _vocabulary: object, tokenizer:
         inputs = np.where(present, flat[index], mark)  # attention never looks ahead to the padding
         return Rows(inputs, np.where(present, flat[index + 1], IGNORED), text)
 
-    return Encoder(rows, len(encode), _fingerprint(sorted(encode.get_vocab())))
+    numbers = encode.get_vocab()
+    return Encoder(rows, len(encode), _fingerprint(sorted(numbers, key=numbers.__getitem__)))
 
 
 ENCODERS: dict[str, Callable[[Sequence[str], int, int | str, str], Encoder]] = {
