@@ -164,31 +164,37 @@ def data(
     from experiments import data_summary
     from experiments.wiring import Datasets
     from fedinit.data import DATASETS, partitioned
+    from fedinit.registry import add_to_path
 
     console = Console()
     datasets = Datasets()
     if name in DATASETS or ":" in name:
+        add_to_path([os.getcwd()])  # as an experiment file's folder is
         runs = [data_summary.named(name, settings or [], datasets)]
     elif name in _experiments() or Path(name).suffix in YAML:
         runs = data_summary.different(_load(name, settings, None))
     else:
         raise unknown("data set or experiment", name, [*DATASETS, *_experiments(), "FILE.yaml"])
-    folder, missing = out or _new_folder(f"data-{Path(name).stem}"), []
+    folder = out or _new_folder(f"data-{Path(name).stem}")
+    ready, missing = {}, {}
     for number, run in enumerate(runs, start=1):
         try:
-            dataset = partitioned(datasets.load(run), run.partition, run.seed)
+            loaded = datasets.load(run)
         except RequestError as error:
-            missing.append(error)
-            continue
+            missing[str(error)] = run.dataset  # seeds of the same data have the same reason
+        else:
+            ready[number] = (run, partitioned(loaded, run.partition, run.seed))
+    if not ready:
+        raise RequestError(next(iter(missing)))
+    for number, (run, dataset) in ready.items():
         console.print(data_summary.facts(run, dataset))
         at = folder if len(runs) == 1 else folder / f"{number}-{run.dataset.replace(':', '-')}"
         for drawing in data_summary.drawings(run, dataset):
             path = data_summary.write(drawing, at)
             console.print(f"{drawing.title}: {path}", markup=False, soft_wrap=True)
-    if len(missing) == len(runs):
-        raise missing[0]
-    for reason in missing:
-        console.print(f"not here: {reason}", markup=False, highlight=False, soft_wrap=True)
+    for reason, where in missing.items():
+        said = f"{where} is not here: {reason}"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

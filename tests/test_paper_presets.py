@@ -110,7 +110,7 @@ def test_a_paper_preset_runs(study, stand_ins, published, ray_started, tmp_path)
         if run.model == "charlm":
             small |= {"proxy.dataset_args": stand_ins["wikitext"], "proxy.epochs": 1}
         if run.measure.hessian:
-            small["measure.hessian"] = 4
+            small["measure.hessian"] = 2
         runs[label] = with_settings(run, small)
     experiment = Experiment(
         name=paper.name, folder=paper.folder, varied=paper.varied, runs=runs, study=study
