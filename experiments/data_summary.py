@@ -108,9 +108,9 @@ def facts(run: Run, dataset: FederatedDataset) -> Table:
     how = {"natural": "natural", "iid": f"iid, seed {run.seed}"}.get(
         partition.kind, f"{partition.kind}({partition.alpha:g}), seed {run.seed}"
     )
-    known = DATASETS.get(run.dataset)
     rows = {
-        "read from": run.dataset_args.get("data_dir") or (source(known) if known else "your code"),
+        "read from": run.dataset_args.get("data_dir")
+        or (source(run.dataset) if run.dataset in DATASETS else "your code"),
         "training examples": f"{len(dataset):,}",
         "test examples": f"{dataset.test_size:,}",
         "a row": f"{list(dataset.inputs.shape[1:])} {str(dataset.inputs.dtype)[6:]}",

@@ -1,6 +1,5 @@
 """What `fedinit list` shows: every name that an experiment file can use."""
 
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from clients import CLIENT_OPTIMIZERS
 from clients.client_optimizers import NEED_FEDOPT
 from experiments.studies import STUDIES
 from experiments.wiring import STRATEGIES
-from fedinit.data import DATASETS, PARTITIONS
+from fedinit.data import DATASETS, EMBEDDED, PARTITIONS
 from fedinit.models import MODELS
 from fedinit.problem import LOSSES
 from strategies import SERVER_OPTIMIZERS
@@ -20,7 +19,7 @@ from strategies import SERVER_OPTIMIZERS
 
 def tables() -> Iterator[Table]:
     """Yield a table for each kind of name."""
-    yield _table("dataset", {name: (_about(each), source(each)) for name, each in DATASETS.items()})
+    yield _table("dataset", {name: (_about(each), source(name)) for name, each in DATASETS.items()})
     yield _table(
         "model",
         {name: (_about(each.build), each.weights) for name, each in MODELS.items()},
@@ -34,6 +33,7 @@ def tables() -> Iterator[Table]:
                 "the model's published weights; a fresh head where labels differ",
                 "a model with pretrained weights",
             ),
+            "proxy": ("weights that fedinit trains on other data first", "proxy.dataset"),
             "PATH.safetensors": (
                 "weights of your own, by state-dict name",
                 "names and shapes that fit",
@@ -80,10 +80,9 @@ def _about(function: Callable[..., Any]) -> str:
     return (function.__doc__ or "").strip().splitlines()[0]
 
 
-def source(dataset: Callable[..., Any]) -> str:
+def source(dataset: str) -> str:
     """Say where a data set of ours is read from."""
-    reads_files = "data_dir" in inspect.signature(dataset).parameters
-    return "its files in data_dir, or the network" if reads_files else "nothing: embedded"
+    return "embedded" if dataset in EMBEDDED else "its files in data_dir, or the network"
 
 
 def _about_module(function: Callable[..., Any]) -> str:

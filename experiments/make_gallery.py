@@ -9,7 +9,6 @@ interrupted, and writes the gallery's pages from them.
 
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from experiments.cli import EXPERIMENTS
 from experiments.studies import STUDIES, find
 from fedinit.errors import unknown
 from fedinit.report import Finding
-from fedinit.results import read_summary, write_atomically
+from fedinit.results import RunFolder, read_summary, write_atomically
 
 GALLERY, RESULTS = EXPERIMENTS / "gallery", Path("results/gallery")
 _SECONDS = "gallery-seconds"  # beside an experiment's results: how long its command took
@@ -134,13 +133,16 @@ def _section(name: str, about: str) -> str:
             lines.append(f"| {' | '.join(cells)} |")
     else:
         lines.append(f"![{finding.sentence}]({name}.svg)")
-    page, command = "", f"fedinit run {name}"
+    link, command = "", f"fedinit run {name}"
     if name in REAL_DATA:
-        shutil.copyfile(folder / "report.html", GALLERY / f"{name}.html")
-        page = f"; [the page]({name}.html)"
+        page = (folder / "report.html").read_text(encoding="utf-8")
+        any_run = RunFolder(folder / read_summary(folder)["runs"][0]["run"]).run
+        page = page.replace(any_run.dataset_args["data_dir"], "DIR")  # where it lay is nobody's
+        write_atomically(GALLERY / f"{name}.html", page.encode())
+        link = f"; [the page]({name}.html)"
         command = f"fedinit run experiments/real_data/{name}.yaml --set dataset_args.data_dir=DIR"
     minutes = float((folder / _SECONDS).read_text()) / 60
-    lines += ["", f"`{command}`: {minutes:.1f} minutes; [numbers]({name}.csv){page}", ""]
+    lines += ["", f"`{command}`: {minutes:.1f} minutes; [numbers]({name}.csv){link}", ""]
     return "\n".join(lines)
 
 

@@ -130,3 +130,10 @@ def test_shakespeare():
     assert torch.equal(inputs[1:, -1], targets[:-1])
     with pytest.raises(RequestError, match=r"dataset_args\.window"):
         DATASETS["shakespeare"](window=0)
+
+
+def test_a_label_below_zero_cannot_be_dealt_by_label():
+    targets = torch.tensor([0, -100, 1])
+    data = FederatedDataset(torch.zeros(3, 1), targets, None, torch.zeros(1, 1), targets[:1])
+    with pytest.raises(RequestError, match=r"dirichlet: a label is -100"):
+        partitioned(data, Partition(kind="dirichlet", clients=2), 0)

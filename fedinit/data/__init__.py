@@ -23,9 +23,11 @@ DATASETS: dict[str, Callable[..., FederatedDataset]] = {
     "stackoverflow": TextDataset(stackoverflow),
     "wikitext": TextDataset(wikitext),
 }
+EMBEDDED = frozenset({"fashion-mnist", "shakespeare", "shakespeare-texts"})
 
 __all__ = [
     "DATASETS",
+    "EMBEDDED",
     "PARTITIONS",
     "ClientRows",
     "FederatedDataset",

@@ -27,6 +27,10 @@ def dirichlet(dataset: FederatedDataset, partition: Partition, seed: int) -> Cli
     """
     if dataset.targets.is_floating_point() or dataset.targets.ndim != 1:
         raise RequestError("partition.kind: dirichlet needs one integer label for each row")
+    if dataset.targets.min() < 0:
+        raise RequestError(
+            f"partition.kind: dirichlet: a label is {dataset.targets.min()}, not 0.."
+        )
     rng = keyed(Draw.PARTITION, seed)
     labels = dataset.targets.numpy()
     order = rng.permutation(len(labels))
