@@ -61,7 +61,7 @@ def test_a_large_column_is_written_from_its_own_file(tmp_path):
             lambda folder: (folder / "targets.arrow").write_bytes(b"\xff\xff"),
             "not a saved data set",
         ),
-        (lambda folder: (folder / "dataset.json").write_text("{}"), "num_classes"),
+        (lambda folder: (folder / "dataset.json").write_text("{}"), "clients"),
         (lambda folder: (folder / "dataset.json").write_text("{"), "not a saved data set"),
     ],
 )
