@@ -4,27 +4,41 @@ It keeps Flower's convention (`arrays` and `config` in; `arrays` and `metrics` w
 out), so it serves any Flower strategy; and it runs under RayGrid and under Flower's own runtime.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from clients.client_optimizers import CLIENT_OPTIMIZERS, OptimizerFactory, ServerState
 from clients.local_training import LocalTraining, Workspace
 from clients.memory_format import MEMORY_FORMATS
-from fedinit.cohort import ARRAYS, METRICS
+from fedinit.cohort import ARRAYS, METRICS, Trained
 from fedinit.config import Run
 from fedinit.measurements.evaluation import evaluate
+from fedinit.parameters import Array
 from fedinit.problem import Problem
 
 CONFIG, SERVER_STATE = "config", "server-state"
 _EVALUATION_BATCH = 128
 
 
-def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory) -> ClientApp:
+class LocalClientApp(ClientApp):
+    """A ClientApp whose training can also be had without a message.
+
+    Attributes:
+        train_client: maps a train message's content and a client to what the client makes of it.
+            RayGrid's workers call it where they answer for their whole share: what Flower needs for
+            a message, the records and their checks, is a tenth of a small client's update.
+    """
+
+    def __init__(self, train_client: Callable[[RecordDict, int], Trained]) -> None:
+        super().__init__()
+        self.train_client = train_client
+
+
+def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory) -> LocalClientApp:
     """Build the ClientApp of a run. It keeps one model, reset in place for each message.
 
     Args:
@@ -37,7 +51,6 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
         part `config["part"]` of `config["parts"]` of the test set. The client of a message is its
         context's `partition-id`.
     """
-    app = ClientApp()
     # `auto` is settled before RayGrid's workers start; Flower's runtime has nobody to settle it.
     memory_format = MEMORY_FORMATS.get(run.memory_format, torch.contiguous_format)
     workspace = Workspace(problem, memory_format)
@@ -45,19 +58,28 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
     size = run.client.batch_size if problem.dataset.has_sequences else _EVALUATION_BATCH
     client_optimizer = CLIENT_OPTIMIZERS[run.client.optimizer]
 
+    def train_client(content: RecordDict, client: int) -> Trained:
+        workspace.load(content[ARRAYS])  # type: ignore[arg-type]
+        config = content.get(CONFIG)
+        if not isinstance(config, ConfigRecord) or "server-round" not in config:
+            raise ValueError("the message's config has no 'server-round', which keys the shuffles")
+        server_round = int(config["server-round"])  # type: ignore[arg-type]
+        training = LocalTraining(workspace, run, server_round, client)
+        state = content.get(SERVER_STATE)
+        server = ServerState(base_optimizer, state) if isinstance(state, ArrayRecord) else None
+        update = client_optimizer(training, server)
+        metrics = {**training.metrics(), **update.metrics}
+        return Trained(update.weights, metrics, workspace.rest(), update.extra)
+
+    app = LocalClientApp(train_client)
+
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        workspace.load(message.content[ARRAYS])  # type: ignore[arg-type]
-        config = _config(message)
-        if "server-round" not in config:
-            raise ValueError("the message's config has no 'server-round', which keys the shuffles")
-        training = LocalTraining(workspace, run, int(config["server-round"]), _client(context))
-        state = message.content.array_records.get(SERVER_STATE)
-        server = None if state is None else ServerState(base_optimizer, state)
-        update = client_optimizer(training, server)
-        metrics = MetricRecord({**training.metrics(), **update.metrics})
-        content = RecordDict({ARRAYS: workspace.record(update.weights), METRICS: metrics})
-        content.update(update.extra)
+        trained = train_client(message.content, _client(context))
+        arrays = problem.layout.record(trained.weights, trained.rest)
+        content = RecordDict({ARRAYS: arrays, METRICS: MetricRecord(dict(trained.metrics))})
+        for name, values in trained.extra.items():
+            content[name] = ArrayRecord({key: Array(v.numpy()) for key, v in values.items()})
         return Message(content, reply_to=message)
 
     def evaluated(message: Message, batches: Iterator[tuple[Tensor, Tensor]]) -> Message:
@@ -75,8 +97,8 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
 
     @app.evaluate("test")
     def evaluate_test(message: Message, _context: Context) -> Message:
-        config, rows = _config(message), problem.dataset.test_size
-        part, parts = int(config["part"]), int(config["parts"])
+        config, rows = message.content.config_records[CONFIG], problem.dataset.test_size
+        part, parts = int(config["part"]), int(config["parts"])  # type: ignore[arg-type]
         first, last = rows * part // parts, rows * (part + 1) // parts
         return evaluated(
             message,
@@ -87,10 +109,6 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
         )
 
     return app
-
-
-def _config(message: Message) -> dict[str, Any]:
-    return dict(message.content.config_records.get(CONFIG, ConfigRecord()))
 
 
 def _client(context: Context) -> int:

@@ -9,6 +9,7 @@ mimelite SGD steps with the server's optimizer state, frozen (Karimireddy et al.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord
@@ -17,7 +18,7 @@ from torch import Tensor
 from clients.local_training import LocalTraining
 from fedinit.cohort import LOCAL_NORM
 from fedinit.config import Client
-from fedinit.parameters import Array, tensor
+from fedinit.parameters import tensor
 
 # The base optimizer of a mimelite client: the server's own, at the client's rate.
 OptimizerFactory = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
@@ -29,7 +30,7 @@ class Update:
 
     weights: Tensor
     metrics: dict[str, float] = field(default_factory=dict)
-    extra: dict[str, ArrayRecord] = field(default_factory=dict)
+    extra: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,7 @@ def mimelite(training: LocalTraining, server: ServerState | None) -> Update:
         optimizer.step()
 
     training.descend(frozen_step)
-    gradients = ArrayRecord()
-    gradients["gradient"] = Array(gradient.numpy())
-    return Update(workspace.weights(), extra={"gradients": gradients})
+    return Update(workspace.weights(), extra={"gradients": {"gradient": gradient}})
 
 
 CLIENT_OPTIMIZERS: dict[str, ClientOptimizer] = {
@@ -134,17 +133,21 @@ def _sgd_step(training: LocalTraining, mu: float = 0.0) -> Callable[[], None]:
 
     @torch.no_grad()
     def step() -> None:
-        for index, parameter in enumerate(workspace.parameters):
-            direction = parameter.grad
-            if direction is None:
-                continue
-            if mu:
-                direction = direction.add(parameter - anchors[index], alpha=mu)
-            if settings.weight_decay:
-                direction = direction.add(parameter, alpha=settings.weight_decay)
-            if settings.momentum:
-                velocity = velocities.setdefault(index, torch.zeros_like(parameter))
-                direction = velocity.mul_(settings.momentum).add_(direction)
-            parameter.sub_(direction, alpha=settings.lr)
+        used = [index for index, each in enumerate(workspace.parameters) if each.grad is not None]
+        points = [workspace.parameters[index] for index in used]
+        directions: Any = [each.grad for each in points]
+        if mu:
+            away = torch._foreach_sub(points, [anchors[index] for index in used])
+            directions = torch._foreach_add(directions, away, alpha=mu)
+        if settings.weight_decay:
+            directions = torch._foreach_add(directions, points, alpha=settings.weight_decay)
+        if settings.momentum:
+            for index in used:
+                velocities.setdefault(index, torch.zeros_like(workspace.parameters[index]))
+            velocity = [velocities[index] for index in used]
+            torch._foreach_mul_(velocity, settings.momentum)
+            torch._foreach_add_(velocity, directions)
+            directions = velocity
+        torch._foreach_add_(points, directions, alpha=-settings.lr)
 
     return step

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fedinit.config import Run
 from fedinit.measurements.evaluation import correct_predictions, count_targets, per_example
-from fedinit.parameters import ArrayRecord
 from fedinit.problem import Problem
 from fedinit.randomness import Draw, keyed, torch_seed
 
@@ -43,6 +42,7 @@ class Workspace:
         self.problem = problem
         self.layout = problem.layout
         self.start = torch.empty(0)
+        self._start_views: list[Tensor] = []
         problem.model.to(memory_format=memory_format)
         parameters = dict(problem.model.named_parameters())
         self.parameters: list[Tensor] = [parameters[name] for name in self.layout.trainable]
@@ -51,9 +51,11 @@ class Workspace:
 
     def load(self, arrays: flwr.app.ArrayRecord) -> None:
         """Reset the model to received weights x; `start` is x until the next load."""
-        self.start = self.layout.flatten(arrays)
+        start = self.layout.flatten(arrays)
+        if start is not self.start:
+            self.start, self._start_views = start, self.layout.views(start)
         with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.layout.views(self.start))
+            torch._foreach_copy_(self.parameters, self._start_views)
         if self.fixed:
             for name, value in self.layout.rest(arrays).items():
                 self.fixed[name].copy_(value)
@@ -62,13 +64,12 @@ class Workspace:
         """Return a copy of the trainable parameters as one vector."""
         return torch.cat([each.detach().reshape(-1) for each in self.parameters])
 
-    def record(self, flat: Tensor) -> ArrayRecord:
-        """Return the record of a vector and the model's other arrays, shared with nothing here."""
-        copies = {
+    def rest(self) -> dict[str, Tensor]:
+        """Return copies of the model's other arrays."""
+        return {
             name: value.detach().clone(memory_format=torch.contiguous_format)
             for name, value in self.fixed.items()
         }
-        return self.layout.record(flat, copies)
 
 
 @dataclass

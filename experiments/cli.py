@@ -1,4 +1,4 @@
-"""The command line: fedinit run, tune, pretrain, data, report, list."""
+"""The command line: fedinit run, tune, pretrain, data, bench, report, list."""
 
 import os
 import sys
@@ -16,6 +16,7 @@ from fedinit.errors import RequestError, unknown
 if TYPE_CHECKING:
     from fedinit.experiment_file import Experiment
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once: large pages for vectors
 EXPERIMENTS = Path(__file__).parent
 YAML = (".yaml", ".yml")
 WRONG_REQUEST = 2
@@ -199,6 +200,36 @@ def data(
 
 @app.command()
 @_one_line
+def bench(
+    experiments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="FILE|NAME...", help="w1, w2, w3, skewed, or files of one run."),
+    ] = None,
+    settings: Settings = None,
+    out: Out = None,
+    repetitions: Annotated[int, typer.Option(min=1, help="Each from the initialization.")] = 3,
+    flower: Annotated[
+        bool, typer.Option("--flower", help="Also Flower's own simulation runtime, with FedAvg.")
+    ] = False,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Also the figures over cohorts and workers.")
+    ] = False,
+) -> None:
+    """Time rounds through RayGrid beside those of a bare PyTorch loop; write DIR/bench.json.
+
+    The bare loop does the same rounds with as many processes: as PyTorch comes, and tuned with our
+    workers' settings. Nothing else should be running on the machine.
+    """
+    from experiments.bench import command
+
+    console = Console()
+    names = experiments or ["w1", "w2", "w3"]
+    loaded = [_load(name, settings, None) for name in names]
+    command.bench(loaded, out or _new_folder("bench"), repetitions, flower, scaling, console)
+
+
+@app.command()
+@_one_line
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A results folder.")],
 ) -> None:
@@ -248,7 +279,8 @@ def _new_folder(name: str) -> Path:
 
 
 def _experiments() -> dict[str, Path]:
-    return {each.stem: each for each in EXPERIMENTS.glob("*.yaml")}
+    files = [*EXPERIMENTS.glob("*.yaml"), *EXPERIMENTS.glob("bench/*.yaml")]
+    return {each.stem: each for each in files}
 
 
 def find_experiment(name: str) -> Path:

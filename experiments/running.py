@@ -180,6 +180,7 @@ class Recorder:
         self._parts = min(_TEST_PARTS, prepared.problem.dataset.test_size)
         self._sequences = prepared.problem.dataset.has_sequences
         self._previous: torch.Tensor | None = None  # the last aggregate
+        self._spare: torch.Tensor | None = None  # the one before: memory for the next
         self._since = time.perf_counter()
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
@@ -208,8 +209,8 @@ class Recorder:
 
     def _training(self, sums: CohortSums) -> dict[str, Any]:
         metrics = sums.mean_metrics()
-        aggregate = sums.mean_update()
-        previous, self._previous = self._previous, aggregate
+        aggregate = sums.mean_update(out=self._spare)
+        previous, self._previous, self._spare = self._previous, aggregate, self._previous
         return {
             "train_loss": metrics.get("train-loss"),
             "train_accuracy": metrics.get("train-accuracy"),

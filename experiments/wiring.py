@@ -112,8 +112,8 @@ class Simulation:
 
     def _expected_work(self, message: Message) -> float:
         """Local steps of a train message; the other messages are alike."""
-        config = message.content.config_records.get("config", ConfigRecord())
-        server_round = config.get("server-round")
+        config = message.content.get("config")
+        server_round = config.get("server-round") if isinstance(config, ConfigRecord) else None
         if message.metadata.message_type != MessageType.TRAIN or not isinstance(server_round, int):
             return 1.0
         client = message.metadata.dst_node_id

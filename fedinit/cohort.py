@@ -5,7 +5,9 @@ Memory is a few parameter vectors, whatever the cohort's size.
 """
 
 import math
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +20,46 @@ ARRAYS, METRICS, NUM_EXAMPLES = "arrays", "metrics", "num-examples"
 LOCAL_NORM = "local-norm"  # metric of a client whose update counts as D_i / a_i (FedNova)
 
 
+_BLOCK = 1 << 17  # elements of all vectors of a block: in float64 half of a core's cache
+_TOGETHER = 4  # long vectors that go through the sums together
+
+
+class Trained(NamedTuple):
+    """What a client makes of x in a round, in whatever form it travels.
+
+    Attributes:
+        weights: the trained vector y.
+        metrics: `num-examples` and what is averaged with it.
+        rest: the model's arrays outside the vector.
+        extra: further arrays, by their record's name.
+    """
+
+    weights: Tensor
+    metrics: Mapping[str, Any]
+    rest: Mapping[str, Tensor]
+    extra: Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass
+class _Share:
+    """The sums over one process's part of a cohort, float64 vectors.
+
+    With w_i = n_i / a_i, sum w_i D_i = w_1 S + sum (w_i - w_1) D_i: the last sum costs nothing
+    while clients are alike.
+    """
+
+    first_weight: float  # w_1
+    total: Tensor  # S = sum D_i
+    directions: Tensor | None  # U = sum D_i / ||D_i||
+    unequal: Tensor | None = None  # sum (w_i - w_1) D_i
+
+
 class CohortSums:
     """Sums over updates D_i = x - y_i of clients with n_i examples, in float64.
+
+    A pass through a vector that lies in memory is what a small client's update waits for, and what
+    a large one's mean: vectors go through the sums block by block, long ones several at a time, and
+    merging shares adds nothing up before a result is asked for.
 
     Args:
         layout: the model's layout; updates are over its trainable arrays.
@@ -31,19 +71,15 @@ class CohortSums:
         self.alignment = alignment
         self.clients = 0
         self.examples = 0.0
-        self.moved = 0  # clients whose update is not zero
-        self.squared_norms = 0.0  # Q = sum ||D_i||^2
-        size = sum(layout.sizes)
-        self.total = torch.zeros(size, dtype=torch.float64)  # S = sum D_i
-        # With w_i = n_i / a_i, sum w_i D_i = w_1 S + sum (w_i - w_1) D_i: the last sum costs
-        # nothing while clients are alike, and a vector's pass through memory is what a small
-        # client's update waits for.
-        self.first_weight = 0.0
-        self.unequal: Tensor | None = None
-        self.directions = torch.zeros(size if alignment else 0, dtype=torch.float64)  # U
         self.rest: dict[str, Tensor] = {}  # sum n_i b_i; integer buffers: the first client's
         self.extra: dict[str, dict[str, Tensor]] = {}  # sum n_i e_i of further ArrayRecords
         self.metrics: dict[str, float] = {}  # sum n_i m_i
+        self._moved = 0  # clients whose update is not zero
+        self._squared_norms = 0.0  # Q = sum ||D_i||^2
+        self._shares: list[_Share] = []
+        self._own: _Share | None = None  # the one that is added to
+        self._waiting: list[tuple[Tensor, float]] = []  # y_i and w_i - w_1, not yet in the sums
+        self._start = torch.empty(0)  # the x of those that wait
 
     def add(self, start: Tensor, reply: RecordDict) -> None:
         """Add one reply to a message that carried the vector `start`.
@@ -51,59 +87,117 @@ class CohortSums:
         The reply follows Flower's convention: `arrays`, and `metrics` with `num-examples`; scalar
         metrics and further ArrayRecords are averaged with the same weights.
         """
-        metrics: dict[str, Any] = dict(reply[METRICS])
-        examples = float(metrics.pop(NUM_EXAMPLES))
         arrays: ArrayRecord = reply[ARRAYS]  # type: ignore[assignment]
-        update = start - self.layout.flatten(arrays)
+        sums = getattr(arrays, "sums", None)
+        if sums is not None:  # nobody has touched the mean: what it was formed from says more
+            self.merge(sums)
+            return
+        metrics: dict[str, Any] = dict(reply[METRICS])
+        extra = {
+            name: {key: tensor(value) for key, value in record.items()}
+            for name, record in reply.array_records.items()
+            if name != ARRAYS
+        }
+        weights, rest = self.layout.flatten(arrays), self.layout.rest(arrays)
+        self.add_trained(start, Trained(weights, metrics, rest, extra))
+
+    def add_trained(self, start: Tensor, trained: Trained) -> None:
+        """Add what a client made of the vector `start`; its arrays must not change afterwards."""
+        metrics = trained.metrics
+        examples = float(metrics[NUM_EXAMPLES])
         weight = examples / metrics.get(LOCAL_NORM, 1.0)
-        if not self.clients:
-            self.first_weight = weight
+        if self._own is None:
+            total = torch.zeros(len(start), dtype=torch.float64)
+            self._own = _Share(weight, total, torch.zeros_like(total) if self.alignment else None)
+            self._shares.append(self._own)
         self.clients += 1
         self.examples += examples
-        self.total.add_(update)
-        if weight != self.first_weight:
-            self._add_unequal(update, weight - self.first_weight)
-        if self.alignment:
-            norm = torch.linalg.vector_norm(update, dtype=torch.float64).item()
-            self.squared_norms += norm**2
-            if norm > 0:
-                self.moved += 1
-                self.directions.add_(update, alpha=1 / norm)
-        self._accumulate(self.rest, self.layout.rest(arrays), examples)
-        for name, record in reply.array_records.items():
-            if name != ARRAYS:
-                further = {key: tensor(value) for key, value in record.items()}
-                self._accumulate(self.extra.setdefault(name, {}), further, examples)
+        if self._waiting and self._start is not start:
+            self._sum_waiting()
+        self._start = start
+        self._waiting.append((trained.weights, weight - self._own.first_weight))
+        if len(start) <= _BLOCK:
+            self._sum_short(self._own)
+        elif len(self._waiting) == _TOGETHER:
+            self._sum_waiting()
+        self._accumulate(self.rest, trained.rest, examples)
+        for name, arrays in trained.extra.items():
+            self._accumulate(self.extra.setdefault(name, {}), arrays, examples)
         for name, value in metrics.items():
-            if isinstance(value, int | float):
+            if name != NUM_EXAMPLES and isinstance(value, int | float):
                 self.metrics[name] = self.metrics.get(name, 0.0) + examples * value
 
+    def _sum_short(self, share: _Share) -> None:
+        """Let the one vector that waits into the sums: at once, while it is in the cache."""
+        ((weights, unequal),) = self._waiting
+        self._waiting = []
+        update = torch.sub(self._start, weights).double()
+        share.total.add_(update)
+        if share.directions is not None:
+            square = torch.dot(update, update).item()
+            self._squared_norms += square
+            if square > 0:
+                self._moved += 1
+                share.directions.add_(update, alpha=square**-0.5)
+        if unequal:
+            if share.unequal is None:
+                share.unequal = torch.zeros_like(share.total)
+            share.unequal.add_(update, alpha=unequal)
+
+    def _sum_waiting(self) -> None:
+        """Let the vectors that wait into S, Q, U and the sum of unequal weights."""
+        share = self._own
+        if share is None or not self._waiting:
+            return
+        vectors, unequal = zip(*self._waiting, strict=True)
+        self._waiting = []
+        width = _BLOCK // len(vectors)
+        buffer = torch.empty((len(vectors), width), dtype=torch.float64)
+        blocks = list(zip(*(each.split(width) for each in (self._start, *vectors)), strict=True))
+
+        def updates(block: Sequence[Tensor]) -> Tensor:
+            start, *ends = block
+            for row, end in zip(buffer, ends, strict=True):
+                torch.sub(start, end, out=row[: len(end)])
+            return buffer[:, : len(start)]
+
+        ones = torch.ones(len(vectors), dtype=torch.float64)
+        squares = torch.zeros_like(ones)
+        for block, total in zip(blocks, share.total.split(width), strict=True):
+            found = updates(block)
+            total.addmv_(found.T, ones)
+            if share.directions is not None:
+                squares += torch.linalg.vector_norm(found, dim=1).square_()
+        weighted: list[tuple[Tensor, Tensor]] = []
+        if share.directions is not None:
+            moved = squares > 0
+            self._moved += int(moved.sum())
+            self._squared_norms += squares.sum().item()
+            weighted.append((share.directions, torch.where(moved, squares.rsqrt(), 0.0)))
+        if any(unequal):
+            if share.unequal is None:
+                share.unequal = torch.zeros_like(share.total)
+            weighted.append((share.unequal, torch.tensor(unequal, dtype=torch.float64)))
+        for sums, factors in weighted:
+            for block, part in zip(blocks, sums.split(width), strict=True):
+                part.addmv_(updates(block).T, factors)
+
     def merge(self, other: "CohortSums") -> None:
-        """Add another share of the cohort."""
-        self.first_weight = self.first_weight or other.first_weight
-        self._add_unequal(other.total, other.first_weight - self.first_weight)
-        if other.unequal is not None:
-            self._add_unequal(other.unequal, 1.0)
+        """Add another share of the cohort; its vectors are shared with it."""
+        other._sum_waiting()
+        self._shares += other._shares
         self.clients += other.clients
         self.examples += other.examples
-        self.moved += other.moved
-        self.squared_norms += other.squared_norms
-        self.total += other.total
-        self.directions += other.directions
+        self._moved += other._moved
+        self._squared_norms += other._squared_norms
         self._accumulate(self.rest, other.rest, 1.0)
         for name, sums in other.extra.items():
             self._accumulate(self.extra.setdefault(name, {}), sums, 1.0)
         for name, value in other.metrics.items():
             self.metrics[name] = self.metrics.get(name, 0.0) + value
 
-    def _add_unequal(self, vector: Tensor, factor: float) -> None:
-        if factor:
-            if self.unequal is None:
-                self.unequal = torch.zeros_like(self.total)
-            self.unequal.add_(vector, alpha=factor)
-
     @staticmethod
-    def _accumulate(sums: dict[str, Tensor], values: dict[str, Tensor], weight: float) -> None:
+    def _accumulate(sums: dict[str, Tensor], values: Mapping[str, Tensor], weight: float) -> None:
         for name, value in values.items():
             if not value.is_floating_point():
                 sums.setdefault(name, value.clone())
@@ -113,25 +207,40 @@ class CohortSums:
                 sums[name] = value.double() * weight
 
     def __getstate__(self) -> dict[str, Any]:
+        self._sum_waiting()
         # As ndarrays the vectors travel through shared memory; as tensors they would be copied.
-        return {
-            name: value.numpy() if isinstance(value, Tensor) else value
-            for name, value in self.__dict__.items()
-        }
+        shares = [
+            {name: _exchanged(value) for name, value in vars(share).items()}
+            for share in self._shares
+        ]
+        return self.__dict__ | {"_shares": shares, "_own": None, "_start": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            self.__dict__[name] = torch.tensor(value) if isinstance(value, np.ndarray) else value
+        self.__dict__.update(state)
+        self._start = torch.empty(0)
+        self._shares = [
+            _Share(**{name: _exchanged(value) for name, value in share.items()})
+            for share in state["_shares"]
+        ]
 
-    def mean_update(self) -> Tensor:
+    def mean_update(self, out: Tensor | None = None) -> Tensor:
         """D = sum p_i D_i in float64, p_i = n_i / sum n_i.
 
         Of clients that tell their local norm a_i, as nova's do, tau_eff sum p_i D_i / a_i with
         tau_eff = sum p_i a_i (Wang et al. 2020, eq. 6).
+
+        Args:
+            out: a vector to write D to, in its dtype, instead of to a new one: the kernel's first
+                touch of new memory costs more than the sum.
         """
+        self._sum_waiting()
         scale = self.mean_metrics().get(LOCAL_NORM, 1.0) / self.examples
-        mean = self.total * (self.first_weight * scale)
-        return mean if self.unequal is None else mean.add_(self.unequal, alpha=scale)
+        terms = [(each.total, each.first_weight * scale) for each in self._shares]
+        terms += [(each.unequal, scale) for each in self._shares if each.unequal is not None]
+        mean = torch.empty_like(terms[0][0]) if out is None else out
+        for block, place in zip(_combined(terms), mean.split(_BLOCK), strict=True):
+            place.copy_(block)
+        return mean
 
     def mean_rest(self, start: dict[str, Tensor]) -> dict[str, Tensor]:
         """The plain weighted mean of what is not trained, typed as `start`; integers are copied."""
@@ -157,12 +266,15 @@ class CohortSums:
             start: the weights that the clients started from.
             dtype: of the mean. In float64 the cohort's mean does not depend on who reduced what.
         """
+        x = self.layout.flatten(start)
         rest = {
             name: value.to(dtype) if value.is_floating_point() else value
             for name, value in self.layout.rest(start).items()
         }
-        mean = (self.layout.flatten(start) - self.mean_update()).to(dtype)
-        arrays = self.layout.record(mean, self.mean_rest(rest))
+        arrays = self.layout.later(
+            lambda: (x - self.mean_update()).to(dtype), dtype, self.mean_rest(rest)
+        )
+        arrays.sums = self
         metrics = MetricRecord({NUM_EXAMPLES: self.examples, **self.mean_metrics()})
         content = RecordDict({ARRAYS: arrays, METRICS: metrics})
         for name in self.extra:
@@ -176,14 +288,40 @@ class CohortSums:
 
         Infinite when the updates cancel; NaN when none moved.
         """
-        total = torch.dot(self.total, self.total).item()
+        self._sum_waiting()
+        total = _squared_norm([each.total for each in self._shares])
         if total > 0:
-            return self.squared_norms / total
-        return math.inf if self.moved else math.nan
+            return self._squared_norms / total
+        return math.inf if self._moved else math.nan
 
     def mean_pairwise_cosine(self) -> float:
         """(||U||^2 - m) / (m (m - 1)) over the m updates that are not zero; NaN for m < 2."""
-        kept = self.moved
+        self._sum_waiting()
+        kept = self._moved
         if kept < 2:
             return math.nan
-        return (torch.dot(self.directions, self.directions).item() - kept) / (kept * (kept - 1))
+        directions = [each.directions for each in self._shares if each.directions is not None]
+        return (_squared_norm(directions) - kept) / (kept * (kept - 1))
+
+
+def _combined(terms: Sequence[tuple[Tensor, float]]) -> Iterator[Tensor]:
+    """Yield the blocks of a sum of vectors times factors."""
+    (_, first), *_ = terms
+    for block, *others in zip(*(vector.split(_BLOCK) for vector, _ in terms), strict=True):
+        total = block * first
+        for other, (_, factor) in zip(others, terms[1:], strict=True):
+            total.add_(other, alpha=factor)
+        yield total
+
+
+def _squared_norm(vectors: Sequence[Tensor]) -> float:
+    """The squared norm of a sum of vectors."""
+    blocks = _combined([(each, 1.0) for each in vectors])
+    return sum(torch.dot(block, block).item() for block in blocks)
+
+
+def _exchanged(value: Any) -> Any:
+    """A tensor as an ndarray and an ndarray as a tensor, sharing memory; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.numpy()
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value

@@ -6,9 +6,9 @@ like Flower's own to any strategy or ClientApp, and are encoded only when their 
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -28,32 +28,41 @@ class Array(flwr.app.Array):
     """A Flower Array around an ndarray, encoded when its bytes are asked for and not before.
 
     It bears Flower's class name because Flower writes that name on the wire.
+
+    Args:
+        ndarray: the values, or what returns them when they are asked for.
+        dtype, shape: needed with what returns them.
     """
 
-    def __init__(self, ndarray: np.ndarray) -> None:
+    def __init__(
+        self,
+        ndarray: np.ndarray | Callable[[], np.ndarray],
+        dtype: str = "",
+        shape: tuple[int, ...] = (),
+    ) -> None:
+        if isinstance(ndarray, np.ndarray):
+            dtype, shape = str(ndarray.dtype), tuple(ndarray.shape)
         # Flower's __setattr__ keeps book of what is to be encoded again: nothing is encoded here.
-        self.__dict__.update(
-            dtype=str(ndarray.dtype),
-            shape=tuple(ndarray.shape),
-            stype="numpy.ndarray",
-            ndarray=ndarray,
-        )
+        self.__dict__.update(dtype=dtype, shape=shape, stype="numpy.ndarray", values=ndarray)
+
+    def read(self) -> np.ndarray:
+        """Return the values, to read and not to write to."""
+        values = self.__dict__["values"]
+        return values() if callable(values) else values
 
     @property
     def data(self) -> bytes:  # type: ignore[override]
         """The array in Flower's encoding."""
-        return flwr.app.Array(self.__dict__["ndarray"]).data
+        return flwr.app.Array(self.read()).data
 
     def numpy(self) -> np.ndarray:
         """Return a copy, which the caller may write to, as Flower's decoding gives."""
-        return self.__dict__["ndarray"].copy()
+        return self.read().copy()
 
 
 def tensor(array: flwr.app.Array) -> Tensor:
     """Return an array's values as a tensor to read; it may share memory with the array."""
-    return torch.from_numpy(
-        array.__dict__["ndarray"] if isinstance(array, Array) else array.numpy()
-    )
+    return torch.from_numpy(array.read() if isinstance(array, Array) else array.numpy())
 
 
 class ArrayRecord(flwr.app.ArrayRecord):
@@ -61,10 +70,18 @@ class ArrayRecord(flwr.app.ArrayRecord):
 
     Whoever changes an entry gets a plain record: `flat` is then None and readers look at the
     entries. It travels between processes as its vector, in one piece.
+
+    Attributes:
+        sums: the CohortSums that the arrays are the mean of, if they are one.
     """
 
-    flat: Tensor | None = None
-    _parts: tuple["Layout", Tensor, dict[str, Tensor]] | None = None
+    sums: Any = None
+    _parts: tuple["Layout", Callable[[], Tensor], Mapping[str, Tensor]] | None = None
+
+    @property
+    def flat(self) -> Tensor | None:
+        """The vector, to read and not to write to."""
+        return None if self._parts is None else self._parts[1]()
 
     def __setitem__(self, key: str, value: flwr.app.Array) -> None:
         self._forget()
@@ -77,24 +94,28 @@ class ArrayRecord(flwr.app.ArrayRecord):
     def copy(self) -> "ArrayRecord":
         """Return a record that can be changed without changing this one; arrays are shared."""
         new = super().copy()
-        new.flat, new._parts = self.flat, self._parts
+        new.sums, new._parts = self.sums, self._parts
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self._parts is None:
             return super().__reduce_ex__(protocol)
-        layout, flat, rest = self._parts
+        layout, vector, rest = self._parts
         arrays = {name: value.numpy() for name, value in rest.items()}
-        return _rebuild, (layout, flat.numpy(), arrays)
+        return _rebuild, (layout, vector().numpy(), arrays)
 
     def _forget(self) -> None:
-        self.flat = self._parts = None
+        self.sums = self._parts = None
 
 
 def _rebuild(layout: "Layout", flat: np.ndarray, rest: dict[str, np.ndarray]) -> ArrayRecord:
     return layout.record(
         torch.from_numpy(flat), {name: torch.from_numpy(value) for name, value in rest.items()}
     )
+
+
+def _part(vector: Callable[[], Tensor], place: slice, shape: tuple[int, ...]) -> np.ndarray:
+    return vector()[place].view(shape).numpy()
 
 
 @dataclass(frozen=True)
@@ -160,8 +181,8 @@ class Layout:
         Raises:
             RequestError: an array is missing or has another shape.
         """
-        if isinstance(record, ArrayRecord) and record.flat is not None:
-            return record.flat
+        if isinstance(record, ArrayRecord) and (flat := record.flat) is not None:
+            return flat
         return torch.cat([self._read(record, name).reshape(-1) for name in self.trainable])
 
     def rest(self, record: flwr.app.ArrayRecord) -> dict[str, Tensor]:
@@ -170,12 +191,26 @@ class Layout:
 
     def record(self, flat: Tensor, rest: Mapping[str, Tensor]) -> ArrayRecord:
         """Build the record of a flat vector and the arrays outside it; both are shared with it."""
-        values, record = flat.numpy(), ArrayRecord()
+        return self._record(lambda: flat, flat.dtype, rest)
+
+    def later(
+        self, make: Callable[[], Tensor], dtype: torch.dtype, rest: Mapping[str, Tensor]
+    ) -> ArrayRecord:
+        """Build the record of a flat vector that is made when somebody reads it, once."""
+        return self._record(cache(make), dtype, rest)
+
+    def _record(
+        self, vector: Callable[[], Tensor], dtype: torch.dtype, rest: Mapping[str, Tensor]
+    ) -> ArrayRecord:
+        record, name_of_dtype = ArrayRecord(), str(dtype).removeprefix("torch.")
         for name, shape in self.shapes.items():
             place = self._places.get(name)
-            value = rest[name].numpy() if place is None else values[place].reshape(shape)
-            flwr.app.ArrayRecord.__setitem__(record, name, Array(value))
-        record.flat, record._parts = flat, (self, flat, dict(rest))
+            if place is None:
+                array = Array(rest[name].numpy())
+            else:
+                array = Array(partial(_part, vector, place, shape), name_of_dtype, shape)
+            flwr.app.ArrayRecord.__setitem__(record, name, array)
+        record._parts = (self, vector, dict(rest))
         return record
 
     def record_of(self, model: nn.Module) -> ArrayRecord:

@@ -20,6 +20,12 @@ from fedinit.randomness import Draw, keyed
 OptimizerFactory = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 
 
+def draw_cohort(seed: int, server_round: int, clients: int, size: int) -> list[int]:
+    """Draw a round's cohort, without replacement: positions in the sorted node ids, ascending."""
+    order = keyed(Draw.COHORT, seed, server_round).permutation(clients)
+    return sorted(order[:size].tolist())
+
+
 class FedOpt(Strategy):
     """x <- SERVEROPT(x, D) with D the mean of the cohort's updates, weighted by their examples.
 
@@ -66,14 +72,14 @@ class FedOpt(Strategy):
         while len(nodes := sorted(grid.get_node_ids())) < self.clients:
             time.sleep(0.1)  # under Flower's runtime the nodes register one by one
         self._arrays = arrays
-        chosen = keyed(Draw.COHORT, self.seed, server_round).permutation(len(nodes))[: self.cohort]
+        chosen = draw_cohort(self.seed, server_round, len(nodes), self.cohort)
         content = RecordDict({ARRAYS: arrays, "config": ConfigRecord(dict(config))})
         content.config_records["config"]["server-round"] = server_round
         if self.share_state:
             content["server-state"] = self._state(self.layout.flatten(arrays))
         return [
             Message(content, dst_node_id=nodes[index], message_type=MessageType.TRAIN)
-            for index in sorted(chosen)
+            for index in chosen
         ]
 
     def aggregate_train(
@@ -95,7 +101,7 @@ class FedOpt(Strategy):
             sums.add(start, reply.content)
         if not sums.clients:
             raise RuntimeError(f"round {server_round}: no client replied")
-        point = self._step(start, sums.mean_update().to(start.dtype), sums)
+        point = self._step(start, sums)
         rest = sums.mean_rest(self.layout.rest(self._arrays))
         return self.layout.record(point, rest), MetricRecord(dict(sums.mean_metrics()))
 
@@ -115,14 +121,16 @@ class FedOpt(Strategy):
         """Log the strategy's settings."""
         log(20, "\t└──> FedOpt: cohort %s of %s clients", self.cohort, self.clients)
 
-    def _step(self, start: Tensor, update: Tensor, sums: CohortSums) -> Tensor:
+    def _step(self, start: Tensor, sums: CohortSums) -> Tensor:
         point, optimizer = self._at(start)
         if self.share_state:
             # A step on a point that is then put aside refreshes the state with the gradient at x.
             point.grad = sums.mean_extra("gradients")["gradient"].to(start.dtype)
             optimizer.step()
-            return start - self.server_lr * update
-        point.grad = update
+            return start - self.server_lr * sums.mean_update().to(start.dtype)
+        if point.grad is None:
+            point.grad = torch.empty_like(point)
+        sums.mean_update(out=point.grad)
         optimizer.step()
         return point.detach().clone()
 

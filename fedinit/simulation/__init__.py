@@ -1,5 +1,5 @@
 """Flower simulations on Ray, without the costs of Flower's own runtime."""
 
-from fedinit.simulation.ray_grid import ClientError, RayGrid, Workers
+from fedinit.simulation.ray_grid import ENVIRONMENT, ClientError, RayGrid, Workers, assign
 
-__all__ = ["ClientError", "RayGrid", "Workers"]
+__all__ = ["ENVIRONMENT", "ClientError", "RayGrid", "Workers", "assign"]

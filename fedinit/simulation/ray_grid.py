@@ -24,8 +24,10 @@ from fedinit.parameters import Layout
 from fedinit.simulation.flower_internals import claim_identity, new_run, number
 from fedinit.simulation.worker import Answer, Content, Share, Task, Worker
 
-# glibc hands every freed activation back to the kernel and faults it in again; keep it instead.
-_ENVIRONMENT = {
+# glibc hands every freed activation back to the kernel and faults it in again; keep it instead, and
+# let the kernel give large vectors large pages.
+ENVIRONMENT = {
+    "THP_MEM_ALLOC_ENABLE": "1",
     "MALLOC_TOP_PAD_": str(64 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
@@ -72,7 +74,7 @@ class Workers:
                 ray.shutdown()
             raise RequestError(f"workers: {number} workers, but Ray has {cpus} CPUs")
         self.number = number or max(1, min(cpus, most or cpus))
-        actor = ray.remote(Worker).options(num_cpus=1, runtime_env={"env_vars": _ENVIRONMENT})
+        actor = ray.remote(Worker).options(num_cpus=1, runtime_env={"env_vars": ENVIRONMENT})
         self._stored: dict[str, ray.ObjectRef] = {}
         self._measured: dict[str, Any] = {}
         self._actors: list[Any] = [actor.remote(list(import_path)) for _ in range(self.number)]
@@ -188,7 +190,7 @@ class RayGrid(Grid):
             number(message, str(next(self._message_ids)))
         contents = self._store(sent)
         starts = {id(message.content.get(ARRAYS)) for message in sent}
-        reduce = self._reduce if len(starts) == 1 else None
+        reduce = self._reduce is not None and len(starts) == 1
         work = [self._expected_work(message) for message in sent]
         for worker, share in enumerate(assign(work, self._workers.number)):
             chosen = {sent[index].metadata.dst_node_id: sent[index] for index in share}
@@ -228,9 +230,10 @@ class RayGrid(Grid):
         self._sums = dict.fromkeys(self._shares)
         if not parts:
             return None
-        for part in parts[1:]:
-            parts[0].merge(part)
-        return parts[0]
+        sums = CohortSums(parts[0].layout)
+        for part in parts:
+            sums.merge(part)
+        return sums
 
     def _store(self, messages: Iterable[Message]) -> dict[int, Content]:
         """Put each distinct ArrayRecord into the object store once; contents are keyed by id."""
@@ -266,6 +269,8 @@ class RayGrid(Grid):
             self._sums[ref] = share.sums
             for answer in share.answers:
                 self._receive(messages[answer.node_id], answer)
+            if share.reduced is not None:
+                self._receive_mean(messages[share.reduced], share.sums)
 
     def _receive(self, message: Message, answer: Answer) -> None:
         if answer.failure is not None:
@@ -274,8 +279,16 @@ class RayGrid(Grid):
         if answer.state is not None:
             self._states[answer.node_id] = answer.state
         if answer.content is not None:
-            reply = Message(answer.content, reply_to=message)
-            self._replies[message.metadata.message_id] = reply
+            self._reply(message, answer.content)
+
+    def _receive_mean(self, message: Message, sums: CohortSums | None) -> None:
+        """Let one reply stand for all that a worker summed."""
+        if sums is not None and self._reduce is not None:
+            start = message.content.array_records[ARRAYS]
+            self._reply(message, sums.reply(start, self._reduce))
+
+    def _reply(self, message: Message, content: RecordDict) -> None:
+        self._replies[message.metadata.message_id] = Message(content, reply_to=message)
 
 
 def assign(work: Sequence[float], workers: int) -> list[list[int]]:

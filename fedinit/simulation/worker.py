@@ -9,7 +9,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedinit.cohort import ARRAYS, METRICS, CohortSums
+from fedinit.cohort import ARRAYS, METRICS, CohortSums, Trained
 from fedinit.errors import named
 from fedinit.parameters import Layout
 from fedinit.registry import add_to_path
@@ -39,10 +39,17 @@ class Answer(NamedTuple):
 
 
 class Share(NamedTuple):
-    """A worker's answers, and the sums over the updates of its train messages."""
+    """What a worker made of its share.
+
+    Attributes:
+        answers: one for each task.
+        sums: over the updates of its train messages.
+        reduced: the first node whose content is in the sums alone.
+    """
 
     answers: list[Answer]
     sums: CohortSums | None
+    reduced: int | None
 
 
 class Worker:
@@ -74,7 +81,7 @@ class Worker:
         tasks: list[Task],
         contents: Mapping[int, Content],
         layout: Layout | None,
-        reduce: torch.dtype | None,
+        reduce: bool,
     ) -> Share:
         """Answer each message.
 
@@ -82,32 +89,33 @@ class Worker:
             tasks: this worker's share.
             contents: the distinct contents that the tasks refer to.
             layout: sums over the updates of train messages are kept if it is given.
-            reduce: if given, the train messages of the share are answered by one reply, their mean
-                in this dtype.
+            reduce: leave the contents of train messages' replies out: the sums say their mean.
         """
         received = _fetch(contents)
         answers: list[Answer] = []
         sums = None if layout is None else CohortSums(layout)
-        reduced: ArrayRecord | None = None  # the weights that the reduced answers started from
+        train_client = getattr(self._app, "train_client", None) if reduce else None
+        reduced: int | None = None
         for task in tasks:
             content = received[task.content]
-            answer = self._answer(task, content)
-            start, reply = content.get(ARRAYS), answer.content
+            start = content.get(ARRAYS)
             training = task.message_type.startswith(MessageType.TRAIN)
-            if sums is not None and training and isinstance(start, ArrayRecord) and _usual(reply):
-                sums.add(sums.layout.flatten(start), reply)
-                if reduce is not None:
-                    answer, reduced = answer._replace(content=None), start
-            answers.append(answer)
-        if sums is None or not sums.clients:
-            return Share(answers, None)
-        if reduced is not None and reduce is not None:
-            place = next(
-                k for k, each in enumerate(answers) if each.failure is None and each.content is None
-            )
-            answers[place] = answers[place]._replace(content=sums.reply(reduced, reduce))
-        sums.rest, sums.extra = {}, {}  # the replies carry these already
-        return Share(answers, sums)
+            if sums is None or not training or not isinstance(start, ArrayRecord):
+                answers.append(self._answer(task, content))
+            elif train_client is not None:
+                answers.append(_train(train_client, task, content, start, sums))
+                reduced = task.node_id if reduced is None else reduced
+            else:
+                answer = self._answer(task, content)
+                if _usual(answer.content):
+                    sums.add(sums.layout.flatten(start), answer.content)
+                    if reduce:
+                        answer = answer._replace(content=None)
+                        reduced = task.node_id if reduced is None else reduced
+                answers.append(answer)
+        if sums is not None and not sums.clients:
+            sums = None
+        return Share(answers, sums, reduced)
 
     def _answer(self, task: Task, content: RecordDict) -> Answer:
         # A copy of each record: an app may change its message without changing the next client's.
@@ -128,13 +136,32 @@ class Worker:
         try:
             reply = self._app(message, context)
         except Exception as error:  # whatever a ClientApp raises; the driver says which client
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            reason = f"{named(error)} ({where.filename}:{where.lineno})"
-            return Answer(task.node_id, None, reason, None)
+            return _failed(task, error)
         state = context.state if len(context.state) else None
         if reply.has_error():
             return Answer(task.node_id, None, reply.error.reason or "no reason given", state)
         return Answer(task.node_id, reply.content, None, state)
+
+
+def _train(
+    train_client: Callable[[RecordDict, int], Trained],
+    task: Task,
+    content: RecordDict,
+    start: ArrayRecord,
+    sums: CohortSums,
+) -> Answer:
+    """Train a client into the sums, without a message of its own."""
+    try:
+        trained = train_client(content, task.node_id)
+    except Exception as error:
+        return _failed(task, error)
+    sums.add_trained(sums.layout.flatten(start), trained)
+    return Answer(task.node_id, None, None, None)
+
+
+def _failed(task: Task, error: Exception) -> Answer:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return Answer(task.node_id, None, f"{named(error)} ({where.filename}:{where.lineno})", None)
 
 
 def _usual(reply: RecordDict | None) -> TypeGuard[RecordDict]:

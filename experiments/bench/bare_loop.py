@@ -1,0 +1,123 @@
+"""The floor: local SGD and averaging with nothing around them, in bare PyTorch.
+
+A process of one thread for each worker; each trains its part of the cohort, one client after
+another, on a kept model whose parameters are views of one vector, and sums in shared memory.
+"""
+
+import os
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, multiprocessing
+
+from clients.memory_format import MEMORY_FORMATS
+from fedinit.config import Run
+from fedinit.data import FederatedDataset
+from fedinit.problem import Problem, build_problem
+from fedinit.simulation import assign
+
+Columns = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class BareLoop:
+    """FedAvg by `processes` processes; every batch of the run's, its rate, no other setting.
+
+    Args:
+        run: the run; its memory format is settled.
+        problem: its data and model.
+        processes: how many.
+        environment: variables that the processes start with.
+    """
+
+    def __init__(
+        self, run: Run, problem: Problem, processes: int, environment: dict[str, str] | None = None
+    ) -> None:
+        self.processes: list[psutil.Process] = []
+        self._sizes = problem.dataset.owners.sizes
+        size = sum(problem.layout.sizes)
+        self._x = torch.zeros(size).share_memory_()
+        self._sums = torch.zeros(processes, size).share_memory_()
+        context = multiprocessing.get_context("spawn")
+        self._barrier = context.Barrier(processes + 1)
+        self._pipes: list[Connection] = []
+        data = problem.dataset
+        columns = (data.inputs, data.targets, data.test_inputs, data.test_targets)
+        kept = dict(os.environ)
+        os.environ.update(environment or {})
+        for index in range(processes):
+            ours, theirs = context.Pipe()
+            arguments = (theirs, self._barrier, self._x, self._sums[index], run, columns)
+            process = context.Process(
+                target=_work, args=(*arguments, data.owners.rows, data.owners.offsets), daemon=True
+            )
+            process.start()
+            self.processes.append(psutil.Process(process.pid))
+            self._pipes.append(ours)
+        for name in environment or {}:
+            del os.environ[name]
+        os.environ.update(kept)
+        self._x.copy_(self._pipes[0].recv())
+        for pipe in self._pipes[1:]:
+            pipe.recv()
+
+    def round(self, cohort: Sequence[int]) -> None:
+        """Train a cohort, dealt by the clients' sizes, and average by them."""
+        sizes = self._sizes[list(cohort)]
+        for pipe, share in zip(self._pipes, assign(sizes.tolist(), len(self._pipes)), strict=True):
+            pipe.send([cohort[index] for index in share])
+        self._barrier.wait()
+        self._x.copy_(self._sums.sum(0).div_(int(sizes.sum())))
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self._pipes:
+            pipe.send(None)
+        psutil.wait_procs(self.processes)
+
+
+def _work(
+    pipe: Connection,
+    barrier: Barrier,
+    x: Tensor,
+    total: Tensor,
+    run: Run,
+    columns: Columns,
+    rows: np.ndarray,
+    offsets: np.ndarray,
+) -> None:
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    problem = build_problem(run, FederatedDataset(*columns[:2], None, *columns[2:]))
+    model, data, size = problem.model.train(), problem.dataset, run.client.batch_size
+    model.to(memory_format=MEMORY_FORMATS.get(run.memory_format, torch.contiguous_format))
+    parameters: list[Tensor] = [each for each in model.parameters() if each.requires_grad]
+    flat = _flat(parameters)
+    pipe.send(flat)
+    while (share := pipe.recv()) is not None:
+        total.zero_()
+        for client in share:
+            flat.copy_(x)
+            own = torch.from_numpy(rows[offsets[client] : offsets[client + 1]])
+            for _ in range(run.client.epochs):
+                order = own[torch.randperm(len(own))]
+                for batch in order.split(size):
+                    inputs, targets = data.batch(batch.numpy())
+                    loss = problem.loss(model(inputs), targets).mean()
+                    gradients = torch.autograd.grad(loss, parameters)
+                    with torch.no_grad():
+                        torch._foreach_add_(parameters, gradients, alpha=-run.client.lr)
+            total.add_(flat, alpha=len(own))
+        barrier.wait()
+
+
+def _flat(parameters: Sequence[Tensor]) -> Tensor:
+    """Make the parameters views of one vector, each as it lies in memory, and return the vector."""
+    flat = torch.cat([each.detach().as_strided((each.numel(),), (1,)) for each in parameters])
+    parts = flat.split([each.numel() for each in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.data = part.as_strided(parameter.shape, parameter.stride())
+    return flat

@@ -1,0 +1,197 @@
+"""What `fedinit bench` does: each work measured, a table for each, bench.json, scaling figures."""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.bench.measuring import RAY_GRID, TUNED, Measured, measure
+from experiments.bench.scaling import over_cohorts, over_workers
+from experiments.running import results_folder
+from fedinit.config import Run, to_yaml
+from fedinit.errors import RequestError
+from fedinit.experiment_file import Experiment
+from fedinit.results import write_atomically
+from fedinit.simulation import Workers
+
+FLOWER = "Flower's runtime"
+_START_UP_LIMIT = 300  # seconds
+_COMMAND = [sys.executable, "-c", "from experiments.cli import app; app()"]
+
+
+def bench(
+    experiments: Sequence[Experiment],
+    out: Path,
+    repetitions: int,
+    flower: bool,
+    scaling: bool,
+    console: Console,
+) -> None:
+    """Measure each experiment's run and write what was found, after each, to out/bench.json.
+
+    Raises:
+        RequestError: a file asks for several runs, or `out` cannot be written.
+    """
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    runs = {each.name: single_run(each) for each in experiments}
+
+    def note(text: str) -> None:
+        console.print(f"  {text}", markup=False, highlight=False)
+
+    found: dict[str, Any] = {"machine": _machine(), "work": {}}
+    with results_folder(out):
+        for name, run in runs.items():
+            console.print(f"{name}:")
+            found["work"][name] = _measured(run, repetitions, flower, note)
+            _write(out / "bench.json", found)
+            console.print(_table(name, found["work"][name]))
+        if scaling:
+            for make in (over_cohorts, over_workers):
+                drawing = make(next(iter(runs.values())), note)
+                _write(out / f"{drawing.name}.svg", drawing.svg)
+                _write(out / f"{drawing.name}.csv", drawing.csv)
+    console.print(f"bench: {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+def single_run(experiment: Experiment) -> Run:
+    """Return the run of a file that asks for one.
+
+    Raises:
+        RequestError: it asks for several.
+    """
+    if len(experiment.runs) != 1:
+        raise RequestError(
+            f"{experiment.name}: bench times one run, this file asks for {len(experiment.runs)}"
+        )
+    (run,) = experiment.runs.values()
+    return run
+
+
+def _measured(run: Run, repetitions: int, flower: bool, note: Callable[[str], None]) -> Any:
+    note("starting up, to the end of the first round")
+    start_up = _start_up_seconds(run)
+    with Workers(None if run.workers == "auto" else run.workers, most=run.cohort) as workers:
+        measured = measure(run, workers, repetitions, note)
+    record = _record(measured)
+    record["contenders"][RAY_GRID]["start_up_seconds"] = start_up
+    if flower:
+        note(FLOWER)
+        seconds = _flower_seconds(run)
+        fastest = min(seconds)
+        ratio = fastest / measured.contenders[TUNED].round_seconds
+        record["contenders"][FLOWER] = {
+            "seconds": [seconds],
+            "round_seconds": fastest,
+            "updates_per_second": run.cohort / fastest,
+            "ratios": [ratio],
+        }
+    return record
+
+
+def _record(measured: Measured) -> dict[str, Any]:
+    floor = measured.contenders[TUNED]
+    return {
+        "run": measured.run.model_dump(mode="json"),
+        "workers": measured.workers,
+        "contenders": {
+            name: timings.record() | {"ratios": timings.ratios(floor)}
+            for name, timings in measured.contenders.items()
+        },
+    }
+
+
+def _table(name: str, record: dict[str, Any]) -> Table:
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "s/round": lambda each: f"{each['round_seconds']:.3f}",
+        "updates/s": lambda each: f"{each['updates_per_second']:.1f}",
+        f"x {TUNED}": lambda each: (
+            f"{sorted(each['ratios'])[len(each['ratios']) // 2]:.2f} "
+            f"({min(each['ratios']):.2f} to {max(each['ratios']):.2f})"
+        ),
+        "CPU ms/update": lambda each: f"{1e3 * each['cpu_seconds_per_update']:.2f}",
+        "driver's": lambda each: f"{1e3 * each['driver_cpu_seconds_per_update']:.2f}",
+        "peak GiB": lambda each: f"{each['peak_bytes'] / 2**30:.2f}",
+        "start s": lambda each: f"{each['start_up_seconds']:.1f}",
+    }
+    rounds = sum(map(len, record["contenders"][RAY_GRID]["seconds"]))
+    title = f"{name}: {rounds} rounds in turn, {record['workers']} processes, {_format(record)}"
+    table = Table("", title=title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for contender, each in record["contenders"].items():
+        table.add_row(contender, *(_cell(show, each) for show in columns.values()))
+    return table
+
+
+def _cell(show: Callable[[dict[str, Any]], str], numbers: dict[str, Any]) -> str:
+    try:
+        return show(numbers)
+    except KeyError:  # not measured of this contender
+        return ""
+
+
+def _format(record: dict[str, Any]) -> str:
+    return f"memory format {record['run']['memory_format']}"
+
+
+def _start_up_seconds(run: Run) -> float:
+    """Seconds from a command of its own to its first finished round."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, results = _written(run, folder), Path(folder) / "out"
+        begun = time.perf_counter()
+        with subprocess.Popen(  # noqa: S603
+            [*_COMMAND, "run", str(path), "--set", "rounds=1", "--out", str(results)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            while process.poll() is None and time.perf_counter() - begun < _START_UP_LIMIT:
+                lines = next(iter(results.glob("*/rounds.jsonl")), None)
+                if lines is not None and lines.read_text(encoding="utf-8").count("\n") > 1:
+                    return time.perf_counter() - begun
+                time.sleep(0.02)
+            process.kill()
+    return float("nan")
+
+
+def _flower_seconds(run: Run) -> list[float]:
+    """Seconds of rounds of Flower's FedAvg and our ClientApp under its own runtime."""
+    plain = {"strategy": "flwr.serverapp.strategy:FedAvg", "rounds": 5, "evaluate_every": 1000}
+    with tempfile.TemporaryDirectory() as folder:
+        path = _written(run.model_copy(update=plain), folder)
+        done = subprocess.run(  # noqa: S603
+            [sys.executable, "-m", "experiments.bench.flower", str(path)],
+            env=os.environ | {"FLWR_TELEMETRY_ENABLED": "0", "RAY_DEDUP_LOGS": "0"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise RequestError(f"{FLOWER}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _written(run: Run, folder: str) -> Path:
+    path = Path(folder) / "run.yaml"
+    path.write_text(to_yaml(run), encoding="utf-8")
+    return path
+
+
+def _machine() -> dict[str, Any]:
+    packages = {name: version(name) for name in ("torch", "flwr", "ray")}
+    return {"cores": os.cpu_count(), "python": platform.python_version(), **packages}
+
+
+def _write(path: Path, content: Any) -> None:
+    text = content if isinstance(content, str) else json.dumps(content, indent=1)
+    write_atomically(path, text.encode())

@@ -1,0 +1,199 @@
+"""Rounds of RayGrid and of the bare loops in turn: seconds, CPU seconds and memory of each."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import psutil
+from flwr.app import ArrayRecord
+
+from experiments.bench.bare_loop import BareLoop
+from experiments.running import train
+from experiments.wiring import Datasets, Simulation, simulation
+from fedinit.config import Run
+from fedinit.simulation import ENVIRONMENT, RayGrid, Workers
+from strategies.fedopt import draw_cohort
+
+RAY_GRID, BARE, TUNED = "RayGrid", "bare loop", "tuned loop"
+_SAMPLE_SECONDS = 0.05
+
+
+@dataclass
+class Timings:
+    """What one contender needed.
+
+    Attributes:
+        updates: client updates of a round.
+        seconds: of each timed round, a list for each repetition.
+        cpu_seconds: of all of its processes, over all timed rounds.
+        driver_seconds: CPU seconds of the driver's process alone, over the same.
+        peak_bytes: of all of its processes together, shared pages counted once (PSS).
+    """
+
+    updates: int
+    seconds: list[list[float]] = field(default_factory=list)
+    cpu_seconds: float = 0.0
+    driver_seconds: float = 0.0
+    peak_bytes: int = 0
+
+    @property
+    def round_seconds(self) -> float:
+        """Median over all timed rounds."""
+        return median(each for repetition in self.seconds for each in repetition)
+
+    @property
+    def timed_updates(self) -> int:
+        """Client updates of all timed rounds."""
+        return self.updates * sum(map(len, self.seconds))
+
+    def ratios(self, floor: "Timings") -> list[float]:
+        """For each repetition the median ratio of rounds done in turn."""
+        pairs = zip(self.seconds, floor.seconds, strict=True)
+        return [median(a / b for a, b in zip(ours, theirs, strict=True)) for ours, theirs in pairs]
+
+    def record(self) -> dict[str, Any]:
+        """As bench.json holds it."""
+        return {
+            "seconds": self.seconds,
+            "round_seconds": self.round_seconds,
+            "updates_per_second": self.updates / self.round_seconds,
+            "cpu_seconds_per_update": self.cpu_seconds / self.timed_updates,
+            "driver_cpu_seconds_per_update": self.driver_seconds / self.timed_updates,
+            "peak_bytes": self.peak_bytes,
+        }
+
+
+@dataclass
+class Measured:
+    """A workload's contenders by name, and the run as it was settled."""
+
+    run: Run
+    workers: int
+    contenders: dict[str, Timings]
+
+
+class Contender:
+    """One of those that take turns, with its processes."""
+
+    def __init__(self, updates: int, processes: list[psutil.Process]) -> None:
+        self.timings = Timings(updates)
+        self.processes = processes
+        self._since = (0.0, 0.0, 0.0)
+
+    def begin(self) -> None:
+        """A round begins now."""
+        self._since = self._now()
+
+    def end(self) -> None:
+        """A timed round has ended."""
+        seconds, cpu, driver = (a - b for a, b in zip(self._now(), self._since, strict=True))
+        self.timings.seconds[-1].append(seconds)
+        self.timings.cpu_seconds += cpu
+        self.timings.driver_seconds += driver
+
+    def _now(self) -> tuple[float, float, float]:
+        times = [each.cpu_times() for each in self.processes]
+        cpu = sum(each.user + each.system for each in times)
+        return time.perf_counter(), cpu, time.process_time()
+
+    @contextmanager
+    def watching_memory(self) -> Iterator[None]:
+        """Sample the processes' memory meanwhile, in a thread."""
+        done = threading.Event()
+
+        def sample() -> None:
+            while not done.wait(_SAMPLE_SECONDS):
+                found = sum(each.memory_full_info().pss for each in self.processes)
+                self.timings.peak_bytes = max(self.timings.peak_bytes, found)
+
+        thread = threading.Thread(target=sample)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+def measure(
+    run: Run,
+    workers: Workers,
+    repetitions: int,
+    note: Callable[[str], None],
+    with_loops: bool = True,
+) -> Measured:
+    """Take a run's rounds through RayGrid, whole, and between them those of the bare loops.
+
+    The first round of a repetition warms up and the last, which tests x, is not timed; the very
+    last is watched for memory.
+
+    Args:
+        run: what to do; `rounds` are timed in each repetition.
+        workers: Ray's workers; the loops have as many processes.
+        repetitions: each begins anew from the initialization.
+        note: told of each repetition.
+        with_loops: whether bare loops take turns with RayGrid.
+    """
+    datasets = Datasets()
+    rounds = {"rounds": run.rounds + 2, "evaluate_every": run.rounds + 2}
+    prepared = simulation(run.model_copy(update=rounds), datasets).settled(workers, datasets)
+    driver = psutil.Process()
+    ours = Contender(run.cohort, [driver, *driver.children(recursive=True)])
+    loops = _loops(prepared, workers.number) if with_loops else {}
+    others = {name: Contender(run.cohort, loop.processes) for name, loop in loops.items()}
+    for repetition in range(repetitions):
+        note(f"repetition {repetition + 1} of {repetitions}")
+        for each in (ours, *others.values()):
+            each.timings.seconds.append([])
+        prepared = simulation(prepared.run, datasets)
+        _take_turns(prepared, prepared.grid(workers, datasets), ours, loops, others)
+    for loop in loops.values():
+        loop.close()
+    contenders = {RAY_GRID: ours, **others}
+    return Measured(
+        prepared.run, workers.number, {name: each.timings for name, each in contenders.items()}
+    )
+
+
+def _loops(prepared: Simulation, processes: int) -> dict[str, BareLoop]:
+    """Start the loops: as PyTorch comes, and with the settings that our workers have."""
+    plain = prepared.run.model_copy(update={"memory_format": "contiguous"})
+    return {
+        BARE: BareLoop(plain, prepared.problem, processes),
+        TUNED: BareLoop(prepared.run, prepared.problem, processes, ENVIRONMENT),
+    }
+
+
+def _take_turns(
+    prepared: Simulation,
+    grid: RayGrid,
+    ours: Contender,
+    loops: dict[str, BareLoop],
+    others: dict[str, Contender],
+) -> None:
+    """Train the run; at the end of each of its rounds the loops do the same round."""
+    run = prepared.run
+    with ExitStack() as watched:
+
+        def record(line: dict[str, Any], _arrays: ArrayRecord) -> None:
+            number = line["round"]
+            timed = 2 <= number < run.rounds
+            if timed:
+                ours.end()
+            watched.close()
+            cohort = draw_cohort(run.seed, number, prepared.clients, run.cohort)
+            for name, loop in loops.items():
+                with others[name].watching_memory() if number == run.rounds else nullcontext():
+                    others[name].begin()
+                    loop.round(cohort)
+                    if timed:
+                        others[name].end()
+            if number == run.rounds - 1:
+                watched.enter_context(ours.watching_memory())
+            ours.begin()
+
+        train(prepared, grid, record)
