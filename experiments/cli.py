@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from fedinit.errors import RequestError, unknown
+from fedinit.errors import RequestError, WriteError, unknown
 
 if TYPE_CHECKING:
     from fedinit.experiment_file import Experiment
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once: large pages for vectors
 EXPERIMENTS = Path(__file__).parent
 YAML = (".yaml", ".yml")
-WRONG_REQUEST = 2
+FAILED, WRONG_REQUEST, STOPPED = 1, 2, 130  # exit status; the last is a shell's after Ctrl-C
 
 app = typer.Typer(
     name="fedinit",
@@ -33,7 +33,7 @@ app = typer.Typer(
 
 
 def _one_line(command: Callable[..., Any]) -> Callable[..., Any]:
-    """End a wrong request in one line and exit status 2."""
+    """End in one line: a wrong request with exit status 2, a file that cannot be written with 1."""
 
     @wraps(command)
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -42,6 +42,11 @@ def _one_line(command: Callable[..., Any]) -> Callable[..., Any]:
         except RequestError as error:
             print(f"fedinit: {error}", file=sys.stderr)
             raise typer.Exit(WRONG_REQUEST) from None
+        except WriteError as error:
+            print(f"fedinit: cannot write {error}; what is there is whole", file=sys.stderr)
+            raise typer.Exit(FAILED) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(STOPPED) from None
 
     return checked
 
@@ -84,10 +89,13 @@ def run(
 ) -> None:
     """Carry out an experiment and write its results, figures and report page.
 
-    Exit status: 0 done; 1 some runs failed, the others are reported; 2 the request was wrong.
+    Exit status: 0 done; 1 some runs failed or diverged, the others are reported; 2 the request was
+    wrong; 130 stopped: Ctrl-C once finishes the round, --resume goes on from there.
     """
     from experiments.progress import Progress
     from experiments.running import run_experiment
+    from experiments.stopping import StoppedError
+    from fedinit.results import DONE, SUMMARY, read_summary
 
     console = Console()
     loaded = _load(experiment, settings, preset)
@@ -99,10 +107,16 @@ def run(
         return
     progress = Progress(console, len(loaded.runs))
     folder = out or _new_folder(loaded.name)
-    summary = run_experiment(loaded, folder, progress, resume, address)
+    try:
+        summary = run_experiment(loaded, folder, progress, resume, address)
+    except StoppedError:
+        if (folder / SUMMARY).exists():
+            _show(console, folder, read_summary(folder))
+        progress.note(f"stopped; --out {folder} --resume goes on")
+        raise
     _show(console, folder, summary)
-    if any(row["status"] != "done" for row in summary["runs"]):
-        raise typer.Exit(1)
+    if any(row["status"] != DONE for row in summary["runs"]):
+        raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -268,6 +282,9 @@ def _show(console: Console, folder: Path, summary: dict[str, Any]) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     console.print(console_table(summary))
+    for row in summary["runs"]:
+        if row["error"]:
+            say(f"{row['status']}: {row['run']}: {row['error']}")
     finding = find(folder, summary)
     if finding is not None:
         say(finding.sentence)

@@ -21,6 +21,7 @@ from fedinit.errors import RequestError, named
 from fedinit.experiment_file import Experiment, load_experiment
 from fedinit.registry import add_to_path
 from fedinit.results import RunFolder, summarize
+from fedinit.simulation.failures import Failures
 from fedinit.simulation.observed_grid import ObservedGrid
 
 server = ServerApp()
@@ -35,7 +36,8 @@ def main(grid: Grid, context: Context) -> None:
     folder = RunFolder(out / "run")
     if not out.is_absolute() or folder.path.exists():
         raise RequestError(f"out: expected the absolute path of a new folder, got '{out}'")
-    observed = ObservedGrid(grid, prepared.problem.layout)
+    skip = prepared.run.on_client_error == "skip"
+    observed = ObservedGrid(grid, prepared.problem.layout, Failures(skip))
     _wait_for_nodes(grid, prepared.clients)
     try:
         execute(prepared, observed, folder, lambda _line: None)  # Flower logs each round

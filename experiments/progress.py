@@ -62,9 +62,9 @@ class Progress:
         """Say what is going on."""
         self._say(text)
 
-    def failed(self, label: str, reason: str) -> None:
-        """Say that a run failed, and why."""
-        self._console.print(f"[red]failed[/] {escape(label)}: {escape(reason)}", highlight=False)
+    def ended(self, label: str, status: str, reason: str) -> None:
+        """Say that a run failed or diverged, and why."""
+        self._console.print(f"[red]{status}[/] {escape(label)}: {escape(reason)}", highlight=False)
 
     def _begin(self, label: str) -> None:
         self._begun += 1

@@ -1,39 +1,28 @@
 """Carry out an experiment: its runs one after another on the same workers, written as they go."""
 
 import logging
-import math
-import random
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import ArrayRecord, MetricRecord
 
 from experiments.progress import Progress
 from experiments.proxies import check, train_missing
+from experiments.recording import DivergedError, MeasuringGrid, Recorder
+from experiments.resuming import Checkpoints, Position, as_begun, check_folder, results_folder
+from experiments.stopping import Stop, StoppedError
 from experiments.studies import check_study
 from experiments.wiring import Datasets, Simulation, simulation
-from fedinit.cohort import ARRAYS, METRICS, CohortSums
 from fedinit.config import Run
-from fedinit.errors import RequestError, named
+from fedinit.errors import RequestError, WriteError, named
 from fedinit.experiment_file import Experiment
-from fedinit.measurements.hessian import top_hessian_eigenvalues
-from fedinit.randomness import Draw, keyed
-from fedinit.results import RunFolder, summarize
+from fedinit.randomness import seed_others
+from fedinit.results import ENDED, SUMMARY, RunFolder, summarize
 from fedinit.simulation import RayGrid, Workers
-from fedinit.simulation.observed_grid import ObservedGrid
+from strategies.continuing import Continued
 
-MeasuringGrid = RayGrid | ObservedGrid  # a Flower grid that sums over the updates it carries
 _NO_TIMEOUT = 1e8  # seconds; a slow round is no reason to drop its clients
-_TEST_PARTS = 8  # that the test set is evaluated in: enough to keep the workers busy
-_HESSIAN_BATCH = 128  # rows of one Hessian-vector product at a time
-_HESSIAN_TOLERANCE = 1e-3  # of the eigenvalues, relative
 
 
 def run_experiment(
@@ -43,13 +32,14 @@ def run_experiment(
     resume: bool = False,
     address: str | None = None,
 ) -> dict[str, Any]:
-    """Carry out every run that is not done yet; a run that fails does not stop the others.
+    """Carry out every run that has not ended yet; a run that fails does not stop the others.
 
     Args:
         experiment: what to run.
         out: the results folder.
         progress: told of each run and round.
-        resume: whether `out` may hold earlier results; runs that are done there are kept.
+        resume: whether `out` may hold earlier results; runs that ended there are kept, and one that
+            was broken off goes on from its last checkpoint.
         address: a running Ray cluster to join.
 
     Returns:
@@ -57,10 +47,13 @@ def run_experiment(
 
     Raises:
         RequestError: any run's request is wrong, or `out` holds something else. Nothing is written.
+        WriteError: a file cannot be written; what was written before is whole.
+        StoppedError: Ctrl-C or SIGTERM once; the round is finished and the summary written.
+        KeyboardInterrupt: twice; likewise, but for the round.
     """
     logging.getLogger("flwr").setLevel(logging.ERROR)
     check_study(experiment.study)
-    _check_folder(experiment, out, resume)
+    check_folder(experiment, out, resume)
     datasets = Datasets()
     for label, run in experiment.runs.items():
         try:
@@ -71,36 +64,83 @@ def run_experiment(
             ) from None
 
     train_missing(experiment.runs.values(), datasets, progress)
-    todo = {
-        label: _as_begun(run, out / label)
-        for label, run in experiment.runs.items()
-        if RunFolder(out / label).status != "done"
-    }
-    for setting in dict.fromkeys(run.workers for run in todo.values()):
-        alike = {label: run for label, run in todo.items() if run.workers == setting}
-        progress.note("starting the workers")
-        with (
-            results_folder(out),
-            Workers(
-                number=None if setting == "auto" else setting,
-                most=max(run.cohort for run in alike.values()),
-                import_path=[str(experiment.folder)],
-                address=address,
-            ) as workers,
-        ):
-            for label, run in alike.items():
-                folder = RunFolder(out / label)
-                try:
-                    prepared = simulation(run, datasets).settled(workers, datasets)
-                    with progress.run(label, run.rounds, str(prepared.initialization)) as report:
-                        if run.measure.hessian:
-                            progress.note("  measuring the Hessian's top eigenvalues")
-                        execute(prepared, prepared.grid(workers, datasets), folder, report)
-                except Exception as error:  # the other runs go on
-                    folder.fail(named(error))
-                    progress.failed(label, folder.error or "")
-                summarize(out, experiment)
-    return summarize(out, experiment)
+    with results_folder(out):
+        check_folder(experiment, out, resume)  # again: now nobody else writes to it
+        todo = {
+            label: as_begun(run, out / label)
+            for label, run in experiment.runs.items()
+            if RunFolder(out / label).status not in ENDED
+        }
+        stop = Stop()
+        try:
+            for setting in dict.fromkeys(run.workers for run in todo.values()):
+                alike = {label: run for label, run in todo.items() if run.workers == setting}
+                progress.note("starting the workers")
+                with (
+                    stop.caught(),
+                    Workers(
+                        number=None if setting == "auto" else setting,
+                        most=max(run.cohort for run in alike.values()),
+                        import_path=[str(experiment.folder)],
+                        address=address,
+                    ) as workers,
+                ):
+                    for label, run in alike.items():
+                        _begin_summary(out, experiment)
+                        with stop.caught():  # again: Ray takes SIGTERM for itself
+                            _carry_out(run, label, out, workers, datasets, progress, stop)
+                        summarize(out, experiment)
+                        if stop.requested:
+                            raise StoppedError
+        except KeyboardInterrupt:
+            summarize(out, experiment)
+            raise
+        return summarize(out, experiment)
+
+
+def _carry_out(
+    run: Run,
+    label: str,
+    out: Path,
+    workers: Workers,
+    datasets: Datasets,
+    progress: Progress,
+    stop: Stop,
+) -> None:
+    """Carry out one run of several; how it ends is in its folder.
+
+    Raises:
+        WriteError: a file cannot be written: no run after this could be kept either.
+    """
+    folder = RunFolder(out / label)
+    try:
+        prepared = simulation(run, datasets).settled(workers, datasets)
+        with progress.run(label, run.rounds, str(prepared.initialization)) as report:
+            if run.measure.hessian:
+                progress.note("  measuring the Hessian's top eigenvalues")
+            grid = prepared.grid(workers, datasets)
+            with stop.caught(in_round=True):
+                execute(prepared, grid, folder, report, progress.note, stop)
+    except WriteError:
+        raise
+    except DivergedError as error:
+        progress.ended(label, folder.status, str(error))
+    except Exception as error:  # the other runs go on
+        folder.fail(named(error))
+        progress.ended(label, folder.status, folder.error or "")
+
+
+def _begin_summary(out: Path, experiment: Experiment) -> None:
+    """Write the first summary: however this ends, it says what became of which run.
+
+    Raises:
+        RequestError: nothing can be written here.
+    """
+    if not (out / SUMMARY).exists():
+        try:
+            summarize(out, experiment)
+        except WriteError as error:
+            raise RequestError(str(error)) from None
 
 
 def execute(
@@ -108,17 +148,29 @@ def execute(
     grid: MeasuringGrid,
     folder: RunFolder,
     report: Callable[[dict[str, Any]], None],
+    note: Callable[[str], None] = lambda _: None,
+    stop: Stop | None = None,
 ) -> None:
     """Carry out one run on a grid, top to bottom, into its folder.
 
     Args:
         prepared: the run.
         grid: RayGrid, or under Flower's own runtime ObservedGrid.
-        folder: where its lines and final weights go.
+        folder: where its lines and final weights go. On RayGrid the run goes on from the checkpoint
+            that is there, and leaves checkpoints of its own.
         report: called with each round's line.
+        note: called with what else is to be said.
+        stop: asked after each round.
+
+    Raises:
+        DivergedError: a loss or a weight is not finite; the folder says so.
+        StoppedError: after a round, as was asked; the folder holds its checkpoint.
     """
     run, layout = prepared.run, prepared.problem.layout
-    folder.begin(run, prepared.initialization.record())
+    checkpoints = Checkpoints(prepared, grid, folder, note) if isinstance(grid, RayGrid) else None
+    begun = checkpoints.resume() if checkpoints else None
+    if begun is None:
+        folder.begin(run, prepared.initialization.record())
 
     def record(line: dict[str, Any], arrays: ArrayRecord) -> None:
         folder.append(line)
@@ -126,14 +178,31 @@ def execute(
             folder.keep(line["round"], layout.flatten(arrays))
         report(line)
 
-    final = train(prepared, grid, record)
+    def reached(position: Position) -> None:
+        if position.server_round == run.rounds:
+            return
+        stopping = stop is not None and stop.requested
+        if checkpoints and (stopping or position.server_round % run.checkpoint_every == 0):
+            checkpoints.save(position)
+        if stopping:
+            raise StoppedError
+
+    try:
+        final = train(prepared, grid, record, begun, reached)
+    except DivergedError as error:
+        folder.diverge(error.server_round, str(error))
+        raise
     if run.measure.distance:
         folder.measure_distances(layout.flatten(final))
     folder.finish(layout.named(final))
 
 
 def train(
-    prepared: Simulation, grid: MeasuringGrid, record: Callable[[dict[str, Any], ArrayRecord], None]
+    prepared: Simulation,
+    grid: MeasuringGrid,
+    record: Callable[[dict[str, Any], ArrayRecord], None],
+    begun: Position | None = None,
+    reached: Callable[[Position], None] = lambda _: None,
 ) -> ArrayRecord:
     """Train one run on a grid.
 
@@ -141,192 +210,37 @@ def train(
         prepared: the run.
         grid: RayGrid, or under Flower's own runtime ObservedGrid.
         record: called with each round's line and x, from round 0 on.
+        begun: where to go on, strategy and clients being set back already; default: at the start.
+        reached: called after each round, when it is recorded.
 
     Returns:
         The final x.
 
     Raises:
-        DivergedError: a loss is not finite.
+        DivergedError: a loss or a weight is not finite.
     """
-    run = prepared.run
-    random.seed(run.seed)  # Flower's strategies sample from Python's generator
-    torch.manual_seed(run.seed)
-    result = prepared.strategy.start(
+    run, at = prepared.run, begun or Position(0, prepared.arrays)
+    recorder = Recorder(prepared, grid, record, at.previous)
+
+    def recorded(rounds: int, arrays: ArrayRecord) -> MetricRecord | None:
+        if begun and not rounds:
+            return None  # this round was recorded before
+        server_round = at.server_round + rounds
+        tested = recorder(server_round, arrays)
+        reached(Position(server_round, arrays, recorder.previous, at.configs))
+        seed_others(run.seed, server_round + 1)
+        return tested
+
+    seed_others(run.seed, at.server_round + 1)
+    strategy = Continued(prepared.strategy, at.server_round) if begun else prepared.strategy
+    left = run.rounds - at.server_round
+    result = strategy.start(
         grid,
-        prepared.arrays,
-        num_rounds=run.rounds,
+        at.arrays,
+        num_rounds=left,
         timeout=_NO_TIMEOUT,
-        evaluate_fn=Recorder(prepared, grid, record),
+        train_config=at.configs[0],
+        evaluate_config=at.configs[1],
+        evaluate_fn=recorded,
     )
-    return result.arrays if run.rounds else prepared.arrays
-
-
-class DivergedError(RuntimeError):
-    """A loss stopped being a finite number: there is nothing left to learn from this run."""
-
-
-class Recorder:
-    """Strategy.start's `evaluate_fn`: makes a round's line, testing x every `evaluate_every`."""
-
-    def __init__(
-        self,
-        prepared: Simulation,
-        grid: MeasuringGrid,
-        record: Callable[[dict[str, Any], ArrayRecord], None],
-    ) -> None:
-        self._prepared = prepared
-        self._grid = grid
-        self._record = record
-        self._parts = min(_TEST_PARTS, prepared.problem.dataset.test_size)
-        self._sequences = prepared.problem.dataset.has_sequences
-        self._previous: torch.Tensor | None = None  # the last aggregate
-        self._spare: torch.Tensor | None = None  # the one before: memory for the next
-        self._since = time.perf_counter()
-
-    def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        """Record the round that just ended; return the test metrics if x was tested."""
-        run = self._prepared.run
-        sums = self._grid.take_sums()
-        due = server_round % run.evaluate_every == 0 or server_round == run.rounds
-        tested = evaluate_test(self._grid, arrays, self._parts) if due else {}
-        now = time.perf_counter()
-        line = {
-            "round": server_round,
-            **(self._training(sums) if sums is not None else {}),
-            "test_loss": tested.get("loss"),
-            "test_accuracy": tested.get("accuracy"),
-            **({"test_perplexity": _perplexity(tested)} if self._sequences else {}),
-            "wall_seconds": round(now - self._since, 4),
-        }
-        if server_round == 0:
-            line |= initial_curvature(self._prepared)
-        self._since = time.perf_counter()
-        self._record(line, arrays)
-        for name in ("train_loss", "test_loss"):
-            if not math.isfinite(line.get(name) or 0.0):
-                raise DivergedError(f"{name} is not finite in round {server_round}")
-        return MetricRecord(dict(tested)) if due else None
-
-    def _training(self, sums: CohortSums) -> dict[str, Any]:
-        metrics = sums.mean_metrics()
-        aggregate = sums.mean_update(out=self._spare)
-        previous, self._previous, self._spare = self._previous, aggregate, self._previous
-        return {
-            "train_loss": metrics.get("train-loss"),
-            "train_accuracy": metrics.get("train-accuracy"),
-            "cohort_size": sums.clients,
-            "examples": int(sums.examples),
-            "update_norm": aggregate.norm().item(),
-            "gradient_diversity": sums.gradient_diversity(),
-            "mean_pairwise_cosine": sums.mean_pairwise_cosine(),
-            "cosine_with_previous": _cosine(previous, aggregate),
-        }
-
-
-def initial_curvature(prepared: Simulation) -> dict[str, float | int]:
-    """Return the top Hessian eigenvalues at the initialization, where the run asks for them.
-
-    The sample is of training rows, the same for every run with the same data and seed.
-    """
-    run, problem = prepared.run, prepared.problem
-    if not run.measure.hessian:
-        return {}
-
-    rows = keyed(Draw.SAMPLE, run.seed).permutation(len(problem.dataset))[: run.measure.hessian]
-    batches = [
-        problem.dataset.batch(rows[at : at + _HESSIAN_BATCH])
-        for at in range(0, len(rows), _HESSIAN_BATCH)
-    ]
-    top = top_hessian_eigenvalues(
-        problem.model, problem.loss, batches, run.seed, _HESSIAN_TOLERANCE
-    )
-    return {f"hessian_{name}": value for name, value in asdict(top).items()}
-
-
-def evaluate_test(grid: Grid, arrays: ArrayRecord, parts: int) -> dict[str, float]:
-    """Evaluate x on the test set, in `parts` by as many nodes, or by all if there are fewer.
-
-    Returns:
-        `loss` and, where targets are labels, `accuracy`.
-    """
-    nodes = sorted(grid.get_node_ids())[:parts]
-    replies = grid.send_and_receive(
-        [
-            Message(
-                RecordDict(
-                    {ARRAYS: arrays, "config": ConfigRecord({"part": part, "parts": len(nodes)})}
-                ),
-                dst_node_id=node,
-                message_type="evaluate.test",
-            )
-            for part, node in enumerate(nodes)
-        ]
-    )
-    parts_scored = []
-    for reply in replies:
-        if reply.has_error():
-            raise RuntimeError(f"evaluation failed: {reply.error.reason}")
-        parts_scored.append(dict(reply.content.metric_records[METRICS]))
-    return _weighted(parts_scored)
-
-
-def _weighted(parts: Iterable[dict[str, Any]]) -> dict[str, float]:
-    parts = list(parts)
-    total = sum(part["num-examples"] for part in parts)
-    return {
-        name: sum(part[name] * part["num-examples"] for part in parts) / total
-        for name in parts[0]
-        if name != "num-examples"
-    }
-
-
-def _perplexity(tested: dict[str, float]) -> float | None:
-    return float(np.exp(tested["loss"])) if tested else None
-
-
-def _cosine(first: torch.Tensor | None, second: torch.Tensor) -> float:
-    if first is None:
-        return math.nan
-    norms = (first.norm() * second.norm()).item()
-    return torch.dot(first, second).item() / norms if norms > 0 else math.nan
-
-
-@contextmanager
-def results_folder(out: Path) -> Iterator[None]:
-    """Make a folder; it goes again if the request is refused before anything was written.
-
-    Raises:
-        RequestError: it cannot be made.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError(f"--out {out}: {error.strerror}") from None
-    try:
-        yield
-    except RequestError:
-        if not any(out.iterdir()):
-            out.rmdir()
-        raise
-
-
-def _check_folder(experiment: Experiment, out: Path, resume: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not out.is_dir():
-        raise RequestError(f"--out {out}: not a folder")
-    if not resume:
-        raise RequestError(f"--out {out}: not empty; continue it with --resume, or name another")
-    for label, run in experiment.runs.items():
-        earlier = out / label / "run.yaml"
-        if earlier.exists() and RunFolder(out / label).run != _as_begun(run, out / label):
-            raise RequestError(
-                f"--resume: {earlier} was made with other settings; name another --out"
-            )
-
-
-def _as_begun(run: Run, path: Path) -> Run:
-    """Return the run as an earlier call settled it: one memory format from its begin to its end."""
-    if run.memory_format != "auto" or not (path / "run.yaml").exists():
-        return run
-    return run.model_copy(update={"memory_format": RunFolder(path).run.memory_format})
+    return result.arrays if left else at.arrays

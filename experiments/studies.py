@@ -1,6 +1,7 @@
 """The figures and tables of the study that results can be shown as, by name."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from experiments import (
     ranking,
     system_heterogeneity,
 )
+from fedinit import wording
 from fedinit.errors import unknown
 from fedinit.report import Finding
 
@@ -54,4 +56,8 @@ def find(folder: Path, summary: dict[str, Any]) -> Finding | None:
     """
     name = summary.get("study")
     check_study(name)
-    return None if name is None else STUDIES[name](folder, summary)
+    if name is None:
+        return None
+    finding = STUDIES[name](folder, summary)
+    left_out = wording.left_out(summary["runs"])
+    return replace(finding, sentence=f"{finding.sentence} {left_out}") if left_out else finding

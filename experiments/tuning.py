@@ -27,7 +27,9 @@ from pydantic import PositiveInt, ValidationError
 
 from experiments.progress import Progress
 from experiments.proxies import check, train_missing
-from experiments.running import DivergedError, results_folder, train
+from experiments.recording import DivergedError
+from experiments.resuming import is_free, results_folder
+from experiments.running import train
 from experiments.wiring import Datasets, simulation
 from fedinit.config import Run, Strict, explain, get
 from fedinit.errors import RequestError, named
@@ -125,6 +127,7 @@ def tune(
             address=address,
         ) as workers,
     ):
+        _check_folder(out, request, resume)  # again: now nobody else writes to it
         write_atomically(out / _REQUEST, request.encode())
         for arm in arms:
             sampler = optuna.samplers.GridSampler(arm.values, seed=_seed(arm))
@@ -187,7 +190,7 @@ def _check_folder(out: Path, request: str, resume: bool) -> None:
         if earlier.read_text(encoding="utf-8") != request:
             raise RequestError(f"--resume: {out} was made with another request; name another --out")
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not is_free(out):
         raise RequestError(f"--out {out}: not empty; continue it with --resume, or name another")
 
 

@@ -26,7 +26,7 @@ from fedinit.measurements.evaluation import evaluate
 from fedinit.pretraining import proxy_path
 from fedinit.problem import Problem, build_problem, find_model, label_space, load_dataset
 from fedinit.registry import call, resolve
-from fedinit.simulation import RayGrid, Workers
+from fedinit.simulation import Failures, RayGrid, Workers
 from strategies import SERVER_OPTIMIZERS, FedOpt
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {"fedopt": FedOpt}
@@ -66,6 +66,12 @@ class Simulation:
         """Number of virtual clients."""
         return len(self.problem.dataset.owners)
 
+    @property
+    def failures(self) -> Failures:
+        """What becomes of a client's exception, by the run's settings."""
+        skip = self.run.on_client_error == "skip"
+        return Failures(skip, self.problem.dataset.owners.ids)
+
     def settled(self, workers: Workers, datasets: Datasets) -> "Simulation":
         """Return this run with `memory_format: auto` replaced by what a worker measured.
 
@@ -93,6 +99,7 @@ class Simulation:
             self.problem.layout,
             self._reduction(),
             expected_work=self._expected_work,
+            failures=self.failures,
         )
 
     def _shipped(
@@ -221,6 +228,7 @@ def make_strategy(run: Run, problem: Problem) -> Strategy:
         "seed": run.seed,
         "share_state": run.client.optimizer == "mimelite",
         "server_lr": run.server.lr,
+        "skip_failed": run.on_client_error == "skip",
         "fraction_train": run.cohort / clients,
         "min_train_nodes": run.cohort,
         "fraction_evaluate": 0.0,

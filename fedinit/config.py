@@ -130,10 +130,14 @@ class Run(Strict):
     target_accuracy: Fraction | None = None
     validation: Decay = 0.0
     measure: Measure = Measure()
+    checkpoint_every: PositiveInt = 10
+    on_client_error: Literal["abort", "skip"] = "abort"
     workers: PositiveInt | Literal["auto"] = "auto"
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
 
 
+# How a run is carried out, not what it is: --resume may change these.
+CARRYING_OUT = ("checkpoint_every", "workers")
 FREE_FORM = ("dataset_args", "model_args", "loss_args", "strategy_args")
 
 
@@ -163,6 +167,14 @@ def get(run: Run, key: str) -> Any:
             raise unknown("key", key, dotted_keys())
         value = value[part]
     return value
+
+
+def difference(earlier: Run, now: Run) -> str | None:
+    """Say the first setting, by its dotted key, in which two runs are not the same run."""
+    for key in dotted_keys():
+        if key not in CARRYING_OUT and (before := get(earlier, key)) != (after := get(now, key)):
+            return f"{key} was {before!r}, now {after!r}"
+    return None
 
 
 def to_yaml(run: Run) -> str:

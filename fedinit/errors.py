@@ -8,6 +8,10 @@ class RequestError(Exception):
     """Bad input: its text is one clear line; the command line ends with it and exit status 2."""
 
 
+class WriteError(Exception):
+    """A file cannot be written; its text names the file and the reason."""
+
+
 def one_line(error: object) -> str:
     """Return an error's text on one line."""
     return " ".join(str(error).split())

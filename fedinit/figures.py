@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from fedinit.drawing import INK, PALETTE, Drawing, band, canvas, colours, dashes, percent, to_csv
-from fedinit.results import RunFolder
+from fedinit.results import DIVERGED, RunFolder
 from fedinit.statistics import Spread
 
 MEASURES = {
@@ -128,7 +128,8 @@ def _lines(
     shown = [key for key in summary["varied"] if key != "seed"]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in summary["runs"]:
-        groups.setdefault(str([row[key] for key in shown]), []).append(row)
+        if row["status"] != DIVERGED:
+            groups.setdefault(str([row[key] for key in shown]), []).append(row)
     lines = []
     for rows in groups.values():
         values: dict[int, list[float]] = {}

@@ -223,6 +223,16 @@ class Layout:
         """Return a record's arrays by name, in state-dict order."""
         return {name: self._read(record, name) for name in self.shapes}
 
+    def is_finite(self, record: flwr.app.ArrayRecord) -> bool:
+        """Whether every entry of a record's float arrays is a finite number: one pass over them."""
+        arrays = [self.flatten(record), *self.rest(record).values()]
+        ends = [
+            torch.stack(torch.aminmax(each))  # both are NaN if an entry is
+            for each in arrays
+            if each.is_floating_point() and each.numel()
+        ]
+        return all(bool(torch.isfinite(each).all()) for each in ends)
+
     def _read(self, record: flwr.app.ArrayRecord, name: str) -> Tensor:
         if name not in record:
             raise RequestError(f"arrays: '{name}' is missing; got {', '.join(record) or 'none'}")

@@ -18,13 +18,13 @@ from torch import nn
 
 from fedinit.config import Proxy, Run
 from fedinit.data import FederatedDataset
-from fedinit.errors import RequestError
+from fedinit.errors import RequestError, WriteError
 from fedinit.initialization import METADATA
 from fedinit.measurements.evaluation import evaluate, per_example
 from fedinit.parameters import Layout
 from fedinit.problem import Problem, build_problem, label_space
 from fedinit.randomness import Draw, keyed, torch_seed
-from fedinit.results import to_json, write_atomically
+from fedinit.results import to_json, write_atomically, writing
 
 Report = Callable[[int, int, float], None]
 
@@ -94,10 +94,11 @@ def pretrain(run: Run, dataset: FederatedDataset, report: Report) -> Path:
     weights = {name: state[name].contiguous() for name in Layout.of(problem.model).shapes}
     path = proxy_path(run)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save(weights, metadata={METADATA: to_json(record)}))
-    except OSError as error:
-        raise RequestError(f"proxy: cannot write {path}: {error.strerror}") from None
+    except WriteError as error:
+        raise RequestError(f"proxy: cannot write {error}") from None
     return path
 
 

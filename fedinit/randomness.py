@@ -1,8 +1,10 @@
 """Random numbers keyed by what they are for, so that no draw depends on another or on the order."""
 
+import random
 from enum import IntEnum
 
 import numpy as np
+import torch
 
 
 class Draw(IntEnum):
@@ -18,6 +20,7 @@ class Draw(IntEnum):
     SEARCH = 8
     CLIENTS = 9
     PROXY = 10
+    STRATEGY = 11
 
 
 def keyed(draw: Draw, seed: int, *key: int) -> np.random.Generator:
@@ -28,3 +31,11 @@ def keyed(draw: Draw, seed: int, *key: int) -> np.random.Generator:
 def torch_seed(rng: np.random.Generator) -> int:
     """Draw a seed for torch's own generator."""
     return int(rng.integers(1 << 63))
+
+
+def seed_others(seed: int, server_round: int) -> None:
+    """Seed the generators that Flower's strategies and a user's draw from, for a round."""
+    rng = keyed(Draw.STRATEGY, seed, server_round)
+    random.seed(torch_seed(rng))
+    np.random.seed(torch_seed(rng) % 2**32)
+    torch.manual_seed(torch_seed(rng))

@@ -21,7 +21,12 @@ Setting = tuple[str, ...]  # a run's varied settings, but for its initialization
 BySeed = dict[int, float]
 Pairs = dict[Setting, tuple[float, float]]  # the final result from one start and from another
 
-_STATUS_STYLES = {"done": "green", "failed": "bold red", "unfinished": "yellow"}
+_STATUS_STYLES = {
+    "done": "green",
+    "diverged": "magenta",
+    "failed": "bold red",
+    "unfinished": "yellow",
+}
 
 
 _RESULTS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -31,6 +36,7 @@ _RESULTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "final_test_perplexity": ("final perplexity", wording.number),
     "best_test_loss": ("best loss", wording.number),
     "rounds_to_target": ("rounds to target", str),
+    "failed_clients": ("failed clients", str),
     "wall_seconds": ("seconds", "{:.1f}".format),
 }
 
@@ -80,7 +86,7 @@ def write_report(folder: Path, finding: Finding | None = None) -> Path:
     """Write report.html, and figures/ with an SVG and a CSV for each measure, from the results.
 
     Args:
-        folder: a results folder; its runs may be done, unfinished, failed or not yet begun.
+        folder: a results folder; its runs may have ended, be under way, or not yet begun.
         finding: what the page says first.
 
     Returns:
@@ -106,6 +112,7 @@ def write_report(folder: Path, finding: Finding | None = None) -> Path:
     columns = _recorded(summary)
     page = templates.get_template("report.html").render(
         name=summary["name"],
+        left_out=wording.left_out(summary["runs"]),
         varied=summary["varied"],
         finding=finding,
         comparison=compare_initializations(summary),

@@ -6,7 +6,9 @@ DIR/<run>/initialization.json      what was loaded, what is fresh, what did not 
 DIR/<run>/rounds.jsonl             one line for each round, from round 0 on
 DIR/<run>/final.safetensors        the last weights; its presence says that the run is done
 DIR/<run>/x/, distance.json        x at evaluated rounds; its distance to the final one
+DIR/<run>/checkpoints/             what the run goes on from, the last two; none when it is done
 DIR/<run>/error.txt                why a run failed
+DIR/<run>/diverged.json            in which round a run diverged, and what was not finite
 """
 
 import csv
@@ -14,6 +16,8 @@ import io
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,20 +26,57 @@ import torch
 from safetensors.torch import load_file, save
 
 from fedinit.config import Run, get, make_run, to_yaml
-from fedinit.errors import RequestError
+from fedinit.errors import RequestError, WriteError, one_line
 from fedinit.experiment_file import Experiment, read_settings
 
 SUMMARY = "summary.json"
+DONE, DIVERGED, FAILED, UNFINISHED = "done", "diverged", "failed", "unfinished"
+ENDED = (DONE, DIVERGED)  # a result either way: not to be run again
+_KEPT_CHECKPOINTS = 2
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file, or folder, in whatever goes wrong with writing it.
+
+    Raises:
+        WriteError: the disk is full, the folder is read-only, ...
+    """
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{path}: {error.strerror or one_line(error)}") from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the file at `path` so that a reader sees the old content or the new, never a part."""
+    """Replace the file at `path` so that a reader sees the old content or the new, never a part.
+
+    The content is on the disk, under its name, when this returns.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with writing(path):
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)  # a full disk needs the room
+            raise
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def to_json(value: Any, **options: Any) -> str:
@@ -51,6 +92,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+_ENDINGS = ("error.txt", "diverged.json")
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """One run's folder: what is written while it runs and read afterwards."""
@@ -59,24 +103,68 @@ class RunFolder:
 
     def begin(self, run: Run, initialization: dict[str, Any]) -> None:
         """Start the folder: the run, its initialization, and no rounds."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        for stale in ("rounds.jsonl", "final.safetensors", "error.txt", "distance.json"):
-            (self.path / stale).unlink(missing_ok=True)
-        for stale_x in (self.path / "x").glob("*.safetensors"):
-            stale_x.unlink()
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._forget_checkpoints()
+            for stale in ("rounds.jsonl", "final.safetensors", "distance.json", *_ENDINGS):
+                (self.path / stale).unlink(missing_ok=True)
+            for stale_x in (self.path / "x").glob("*.safetensors"):
+                stale_x.unlink()
         write_atomically(self.path / "run.yaml", to_yaml(run).encode())
         write_atomically(
             self.path / "initialization.json", to_json(initialization, indent=1).encode()
         )
 
+    def go_on(self, run: Run, server_round: int) -> None:
+        """Take the run up again after a round: later lines are cut, and how it had ended.
+
+        Raises:
+            RequestError: the lines up to that round are not all there.
+        """
+        path, kept = self.path / "rounds.jsonl", server_round + 1
+        lines = path.read_bytes().split(b"\n")[:kept] if path.exists() else []
+        try:
+            found = [_line(line)["round"] for line in lines]
+        except ValueError:
+            found = []
+        if found != list(range(kept)):
+            raise RequestError(f"{path} does not hold rounds 0 to {server_round}")
+        write_atomically(path, b"\n".join([*lines, b""]))
+        write_atomically(self.path / "run.yaml", to_yaml(run).encode())
+        with writing(self.path):
+            for stale in _ENDINGS:
+                (self.path / stale).unlink(missing_ok=True)
+
     def append(self, line: dict[str, Any]) -> None:
         """Append one round's line to rounds.jsonl."""
-        with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
-            file.write(to_json(line) + "\n")
+        path = self.path / "rounds.jsonl"
+        with writing(path), path.open("ab") as file:
+            file.write(to_json(line).encode() + b"\n")
+
+    def checkpoint(self, server_round: int, content: bytes) -> None:
+        """Write what the run can go on from after a round; the one before it is kept as well."""
+        folder = self.path / "checkpoints"
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+            _sync(self.path / "rounds.jsonl")  # no checkpoint is ahead of its lines
+        write_atomically(folder / f"round-{server_round:06d}.safetensors", content)
+        with writing(folder):
+            for old in self.checkpoints[_KEPT_CHECKPOINTS:]:
+                old.unlink()
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints, the newest first."""
+        return sorted((self.path / "checkpoints").glob("round-*.safetensors"), reverse=True)
+
+    def _forget_checkpoints(self) -> None:
+        for each in self.checkpoints:
+            each.unlink()
 
     def keep(self, server_round: int, x: torch.Tensor) -> None:
         """Keep the vector x of an evaluated round, to measure its distance to the final one."""
-        (self.path / "x").mkdir(exist_ok=True)
+        with writing(self.path / "x"):
+            (self.path / "x").mkdir(exist_ok=True)
         write_atomically(self._kept(server_round), save({"x": x.contiguous()}))
 
     def measure_distances(self, final: torch.Tensor) -> None:
@@ -92,10 +180,7 @@ class RunFolder:
     @property
     def distances(self) -> dict[int, float]:
         """||x - final x|| by evaluated round; empty where it was not asked for."""
-        path = self.path / "distance.json"
-        if not path.exists():
-            return {}
-        read = json.loads(path.read_text(encoding="utf-8"))
+        read = self._read_json("distance.json")
         return {int(server_round): distance for server_round, distance in read.items()}
 
     def _kept(self, server_round: int) -> Path:
@@ -105,18 +190,33 @@ class RunFolder:
         """Write the final weights; after this the run is done."""
         contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
         write_atomically(self.path / "final.safetensors", save(contiguous))
+        with writing(self.path):
+            self._forget_checkpoints()
 
     def fail(self, reason: str) -> None:
         """Record why the run failed."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / "error.txt", reason.encode())
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / "error.txt", reason.encode("utf-8", "backslashreplace"))
+
+    def diverge(self, server_round: int, reason: str) -> None:
+        """Record in which round the run diverged; nothing is to be learned from it any more."""
+        ending = {"round": server_round, "reason": reason}
+        write_atomically(self.path / "diverged.json", to_json(ending).encode())
+        with writing(self.path):
+            self._forget_checkpoints()
 
     @property
     def status(self) -> str:
-        """`done`, `failed` or `unfinished`."""
-        if (self.path / "final.safetensors").exists():
-            return "done"
-        return "failed" if (self.path / "error.txt").exists() else "unfinished"
+        """DONE, DIVERGED, FAILED or UNFINISHED."""
+        endings = (DONE, "final.safetensors"), (DIVERGED, "diverged.json"), (FAILED, "error.txt")
+        found = (status for status, name in endings if (self.path / name).exists())
+        return next(found, UNFINISHED)
+
+    @property
+    def divergence(self) -> dict[str, Any]:
+        """The `round` in which the run diverged and the `reason`; empty where it did not."""
+        return self._read_json("diverged.json")
 
     @property
     def run(self) -> Run:
@@ -126,12 +226,25 @@ class RunFolder:
     @property
     def initialization(self) -> dict[str, Any]:
         """What was loaded, what is fresh and what did not fit when the run began."""
-        path = self.path / "initialization.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return self._read_json("initialization.json")
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        if not path.exists():
+            return {}
+        try:
+            read = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RequestError(f"{path} is not JSON: {error}") from None
+        if not isinstance(read, dict):
+            raise RequestError(f"{path}: expected an object")
+        return read
 
     @property
     def error(self) -> str | None:
-        """Why the run failed, or None."""
+        """Why the run failed or what diverged, or None."""
+        if self.status == DIVERGED:
+            return self.divergence.get("reason")
         path = self.path / "error.txt"
         return path.read_text(encoding="utf-8") if path.exists() else None
 
@@ -145,19 +258,27 @@ class RunFolder:
         """The lines of rounds.jsonl; none while the run has not begun.
 
         Raises:
-            RequestError: a line is not JSON; the file and line are named.
+            RequestError: a line is not a round's; the file and line are named.
         """
         path = self.path / "rounds.jsonl"
         if not path.exists():
             return []
         lines = []
-        whole, _, _torn = path.read_text(encoding="utf-8").rpartition("\n")
+        whole, _, _torn = path.read_bytes().rpartition(b"\n")
         for number, text in enumerate(whole.splitlines(), start=1):
             try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError as error:
+                lines.append(_line(text))
+            except ValueError as error:
                 raise RequestError(f"{path}, line {number}: not JSON: {error}") from None
         return lines
+
+
+def _line(text: bytes) -> dict[str, Any]:
+    """Read a line of rounds.jsonl; raise a ValueError where it is no round's."""
+    read = json.loads(text)
+    if not isinstance(read, dict) or type(read.get("round")) is not int:
+        raise ValueError("no round's line")
+    return read
 
 
 def summarize(folder: Path, experiment: Experiment) -> dict[str, Any]:
@@ -220,6 +341,14 @@ def _summary_row(folder: Path, label: str, varied: list[str], run: Run) -> dict[
         "best_test_accuracy": max((line["test_accuracy"] for line in accuracies), default=None),
         "best_test_loss": min((line["test_loss"] for line in tested), default=None),
         "rounds_to_target": min(reached, default=None),
+        "diverged_in_round": at.divergence.get("round"),
+        "failed_clients": _total(rounds, "failed_clients"),
         "wall_seconds": round(sum(line["wall_seconds"] for line in rounds), 3),
         "error": at.error,
     }
+
+
+def _total(rounds: list[dict[str, Any]], name: str) -> int | None:
+    """Sum what rounds counted; None where they did not count."""
+    counts = [line[name] for line in rounds if name in line]
+    return sum(counts) if counts else None

@@ -1,11 +1,27 @@
 """How numbers are written in tables and sentences."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from fedinit.statistics import Difference, Spread
 
 MISSING = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
+
+
+def left_out(rows: Iterable[Mapping[str, Any]]) -> str | None:
+    """Say which of a summary's runs diverged, and that no mean has them; None if none did."""
+    diverged = [
+        f"{row['run']} in round {row['diverged_in_round']}"
+        for row in rows
+        if row["status"] == "diverged"
+    ]
+    if not diverged:
+        return None
+    many = (
+        f"{len(diverged)} runs diverged and are" if len(diverged) > 1 else "1 run diverged and is"
+    )
+    return f"{many} left out of every mean and figure: {'; '.join(diverged)}."
 
 
 def share(value: float) -> str:

@@ -5,6 +5,7 @@ Every method of the study is this strategy: 5 client optimizers x the server opt
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -40,6 +41,7 @@ class FedOpt(Strategy):
         share_state: for mimelite clients: they receive the optimizer's state, which is then
             refreshed with the mean of their `gradients` at x, while x -= lr D.
         server_lr: the rate of that last step; read only with `share_state`.
+        skip_failed: average the clients that did not fail; otherwise a failure ends the run.
     """
 
     reduces_in_worker = True  # its reduction is a weighted mean: RayGrid may do most of it
@@ -53,6 +55,7 @@ class FedOpt(Strategy):
         seed: int = 0,
         share_state: bool = False,
         server_lr: float = 1.0,
+        skip_failed: bool = False,
     ) -> None:
         self.layout = layout
         self.cohort = cohort
@@ -60,10 +63,22 @@ class FedOpt(Strategy):
         self.seed = seed
         self.share_state = share_state
         self.server_lr = server_lr
+        self.skip_failed = skip_failed
         self._build = server_optimizer
         self._point: Tensor | None = None  # the vector that the server optimizer steps on
         self._optimizer: torch.optim.Optimizer | None = None
         self._arrays = ArrayRecord()
+        self._restored: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the server optimizer's state: tensors by torch's names."""
+        if self._point is None or self._optimizer is None:
+            return dict(self._restored)
+        return dict(self._optimizer.state[self._point])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with a server optimizer's state; before the first round."""
+        self._restored = state
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -88,19 +103,20 @@ class FedOpt(Strategy):
         """Form D from the replies and step.
 
         Raises:
-            RuntimeError: a client failed; survivors are never averaged in silence.
+            RuntimeError: a client failed, and survivors are not to be averaged; or none replied.
         """
         start = self.layout.flatten(self._arrays)
         sums = CohortSums(self.layout, alignment=False)
+        failed = ""
         for reply in sorted(replies, key=lambda each: each.metadata.src_node_id):
-            if reply.has_error():
-                raise RuntimeError(
-                    f"round {server_round}: node {reply.metadata.src_node_id} failed: "
-                    f"{reply.error.reason}"
-                )
-            sums.add(start, reply.content)
+            if not reply.has_error():
+                sums.add(start, reply.content)
+                continue
+            failed = failed or f"node {reply.metadata.src_node_id} failed: {reply.error.reason}"
+            if not self.skip_failed:
+                raise RuntimeError(f"round {server_round}: {failed}")
         if not sums.clients:
-            raise RuntimeError(f"round {server_round}: no client replied")
+            raise RuntimeError(f"round {server_round}: no client survived; {failed or 'no reply'}")
         point = self._step(start, sums)
         rest = sums.mean_rest(self.layout.rest(self._arrays))
         return self.layout.record(point, rest), MetricRecord(dict(sums.mean_metrics()))
@@ -138,6 +154,7 @@ class FedOpt(Strategy):
         if self._point is None or self._optimizer is None:
             self._point = torch.nn.Parameter(start.clone())
             self._optimizer = self._build([self._point])
+            self._optimizer.state[self._point].update(self._restored)
         self._point.data.copy_(start)
         return self._point, self._optimizer
 

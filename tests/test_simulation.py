@@ -169,6 +169,6 @@ def test_a_run_that_diverges_fails_and_the_others_go_on(fedinit, experiment, ray
     result = fedinit("run", file, "--out", tmp_path / "out")
     assert result.exit_code == 1
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert [row["status"] for row in summary["runs"]] == ["failed", "done"]
+    assert [row["status"] for row in summary["runs"]] == ["diverged", "done"]
     assert "not finite in round" in summary["runs"][0]["error"]
     assert (tmp_path / "out" / "report.html").exists()

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from experiments.bench.measuring import RAY_GRID, TUNED, Measured, measure
 from experiments.bench.scaling import over_cohorts, over_workers
-from experiments.running import results_folder
+from experiments.resuming import results_folder
 from fedinit.config import Run, to_yaml
 from fedinit.errors import RequestError
 from fedinit.experiment_file import Experiment

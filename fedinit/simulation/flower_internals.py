@@ -1,11 +1,12 @@
 """The one place that touches what flwr calls internal (pinned to flwr 1.41 in pyproject.toml)."""
 
 from flwr.app import Message
-from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 RUN_ID = 1
+CLIENT_RAISED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 
 def claim_identity() -> None:

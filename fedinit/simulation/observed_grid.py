@@ -8,6 +8,7 @@ from flwr.supercore.run import Run
 
 from fedinit.cohort import ARRAYS, CohortSums
 from fedinit.parameters import Layout
+from fedinit.simulation.failures import Failures
 
 
 class ObservedGrid(Grid):
@@ -18,12 +19,14 @@ class ObservedGrid(Grid):
     Args:
         grid: the grid that does the work.
         layout: the model's.
+        failures: what becomes of a client's exception; default: ClientError.
     """
 
-    def __init__(self, grid: Grid, layout: Layout) -> None:
+    def __init__(self, grid: Grid, layout: Layout, failures: Failures | None = None) -> None:
         self._grid = grid
         self._layout = layout
         self._sums = CohortSums(layout)
+        self.failures = failures or Failures()
 
     def set_run(self, run: Run) -> None:
         """See `Grid.set_run`."""
@@ -60,14 +63,21 @@ class ObservedGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """See `Grid.send_and_receive`; updates are measured, in the order of the nodes."""
-        sent = list(messages)
-        starts = {each.metadata.dst_node_id: each.content.get(ARRAYS) for each in sent}
-        replies = list(self._grid.send_and_receive(sent, timeout=timeout))
+        """See `Grid.send_and_receive`; updates are measured, in the order of the nodes.
+
+        Raises:
+            ClientError: a client raised, and is not to be skipped.
+        """
+        sent = {each.metadata.dst_node_id: each for each in messages}
+        replies = list(self._grid.send_and_receive(sent.values(), timeout=timeout))
         for reply in sorted(replies, key=lambda each: each.metadata.src_node_id):
-            start = starts[reply.metadata.src_node_id]
+            message = sent[reply.metadata.src_node_id]
+            if reply.has_error():
+                self.failures.reply(message, reply.error.reason or "no reason given")
+                continue
+            start = message.content.get(ARRAYS)
             training = reply.metadata.message_type.startswith(MessageType.TRAIN)
-            if training and isinstance(start, ArrayRecord) and not reply.has_error():
+            if training and isinstance(start, ArrayRecord):
                 self._sums.add(self._layout.flatten(start), reply.content)
         return replies
 

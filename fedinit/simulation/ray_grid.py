@@ -21,6 +21,7 @@ from flwr.supercore.run import Run
 from fedinit.cohort import ARRAYS, CohortSums
 from fedinit.errors import RequestError, one_line
 from fedinit.parameters import Layout
+from fedinit.simulation.failures import Failures
 from fedinit.simulation.flower_internals import claim_identity, new_run, number
 from fedinit.simulation.worker import Answer, Content, Share, Task, Worker
 
@@ -32,10 +33,6 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
 }
-
-
-class ClientError(RuntimeError):
-    """A client raised; the text names the client, the kind of message and the cause."""
 
 
 class Workers:
@@ -125,6 +122,7 @@ class RayGrid(Grid):
             clients in this dtype, `num-examples` summed. Needs a strategy that takes weighted
             means only. None: one reply for each client.
         expected_work: expected work of a message, to balance the shares; default: all alike.
+        failures: what becomes of a client's exception; default: ClientError.
     """
 
     def __init__(
@@ -135,6 +133,7 @@ class RayGrid(Grid):
         layout: Layout | None = None,
         reduce: torch.dtype | None = None,
         expected_work: Callable[[Message], float] = lambda _: 1.0,
+        failures: Failures | None = None,
     ) -> None:
         if reduce is not None and layout is None:
             raise ValueError("reduce needs the model's layout")
@@ -144,6 +143,7 @@ class RayGrid(Grid):
         self._layout = layout
         self._reduce = reduce
         self._expected_work = expected_work
+        self.failures = failures or Failures()
         self._run = new_run()
         self._message_ids = count(1)
         self._shares: dict[ray.ObjectRef, dict[int, Message]] = {}  # under way
@@ -206,7 +206,7 @@ class RayGrid(Grid):
         """Return the replies that are there, sorted by node; each is returned once.
 
         Raises:
-            ClientError: a client raised.
+            ClientError: a client raised, and is not to be skipped.
         """
         self._collect(timeout=0)
         found = [self._replies.pop(each) for each in message_ids if each in self._replies]
@@ -218,11 +218,21 @@ class RayGrid(Grid):
         """Push, wait and pull; after `timeout` seconds only the replies that are there.
 
         Raises:
-            ClientError: a client raised.
+            ClientError: a client raised, and is not to be skipped.
         """
         message_ids = self.push_messages(messages)
         self._collect(timeout)
         return self.pull_messages(message_ids)
+
+    @property
+    def num_workers(self) -> int:
+        """Number of worker processes."""
+        return self._workers.number
+
+    @property
+    def states(self) -> dict[int, RecordDict]:
+        """The clients' states by node, to be saved and, before the first message, set back."""
+        return self._states
 
     def take_sums(self) -> CohortSums | None:
         """Return the sums over the updates trained since the last call, in the workers' order."""
@@ -274,8 +284,8 @@ class RayGrid(Grid):
 
     def _receive(self, message: Message, answer: Answer) -> None:
         if answer.failure is not None:
-            kind = message.metadata.message_type
-            raise ClientError(f"client {answer.node_id} failed to {kind}: {answer.failure}")
+            reply = self.failures.reply(message, answer.failure)
+            self._replies[message.metadata.message_id] = reply
         if answer.state is not None:
             self._states[answer.node_id] = answer.state
         if answer.content is not None:

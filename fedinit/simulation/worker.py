@@ -103,15 +103,15 @@ class Worker:
             if sums is None or not training or not isinstance(start, ArrayRecord):
                 answers.append(self._answer(task, content))
             elif train_client is not None:
-                answers.append(_train(train_client, task, content, start, sums))
-                reduced = task.node_id if reduced is None else reduced
+                answer = _train(train_client, task, content, start, sums)
+                answers.append(answer)
+                if reduced is None and answer.failure is None:
+                    reduced = task.node_id
             else:
-                answer = self._answer(task, content)
-                if _usual(answer.content):
-                    sums.add(sums.layout.flatten(start), answer.content)
-                    if reduce:
-                        answer = answer._replace(content=None)
-                        reduced = task.node_id if reduced is None else reduced
+                answer = _measured(self._answer(task, content), task, start, sums)
+                if reduce and _usual(answer.content):
+                    answer = answer._replace(content=None)
+                    reduced = task.node_id if reduced is None else reduced
                 answers.append(answer)
         if sums is not None and not sums.clients:
             sums = None
@@ -153,10 +153,20 @@ def _train(
     """Train a client into the sums, without a message of its own."""
     try:
         trained = train_client(content, task.node_id)
+        sums.add_trained(sums.layout.flatten(start), trained)
     except Exception as error:
         return _failed(task, error)
-    sums.add_trained(sums.layout.flatten(start), trained)
     return Answer(task.node_id, None, None, None)
+
+
+def _measured(answer: Answer, task: Task, start: ArrayRecord, sums: CohortSums) -> Answer:
+    """Add an answer's update to the sums; a reply that does not fit is its client's failure."""
+    if _usual(answer.content):
+        try:
+            sums.add(sums.layout.flatten(start), answer.content)
+        except Exception as error:
+            return _failed(task, error)
+    return answer
 
 
 def _failed(task: Task, error: Exception) -> Answer:

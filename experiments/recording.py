@@ -1,0 +1,191 @@
+"""What a round leaves: its line, with x tested where that is due."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+
+from experiments.wiring import Simulation
+from fedinit.cohort import ARRAYS, METRICS, CohortSums
+from fedinit.measurements.hessian import top_hessian_eigenvalues
+from fedinit.randomness import Draw, keyed
+from fedinit.simulation import ClientError, RayGrid
+from fedinit.simulation.observed_grid import ObservedGrid
+
+MeasuringGrid = RayGrid | ObservedGrid  # a Flower grid that sums over the updates it carries
+_TEST_PARTS = 8  # that the test set is evaluated in: enough to keep the workers busy
+_HESSIAN_BATCH = 128  # rows of one Hessian-vector product at a time
+_HESSIAN_TOLERANCE = 1e-3  # of the eigenvalues, relative
+
+
+class DivergedError(RuntimeError):
+    """A loss or a weight is no finite number: there is nothing left to learn from this run."""
+
+    def __init__(self, what: str, server_round: int) -> None:
+        super().__init__(f"{what} not finite in round {server_round}")
+        self.server_round = server_round
+
+
+class Recorder:
+    """Strategy.start's `evaluate_fn`: makes a round's line, testing x every `evaluate_every`.
+
+    Args:
+        prepared: the run.
+        grid: the grid that it runs on.
+        record: called with each round's line and x.
+        previous: the aggregate of the round before the first one here.
+
+    Attributes:
+        previous: the last round's aggregate D.
+    """
+
+    def __init__(
+        self,
+        prepared: Simulation,
+        grid: MeasuringGrid,
+        record: Callable[[dict[str, Any], ArrayRecord], None],
+        previous: torch.Tensor | None = None,
+    ) -> None:
+        self._prepared = prepared
+        self._grid = grid
+        self._record = record
+        self._parts = min(_TEST_PARTS, prepared.problem.dataset.test_size)
+        self._sequences = prepared.problem.dataset.has_sequences
+        self.previous = previous
+        self._spare: torch.Tensor | None = None  # the one before: memory for the next
+        self._since = time.perf_counter()
+
+    def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Record the round that just ended; return the test metrics if x was tested.
+
+        Raises:
+            DivergedError: a loss or a weight is not finite; the round is recorded.
+            ClientError: every client of the round failed.
+        """
+        run = self._prepared.run
+        sums, failures = self._grid.take_sums(), self._grid.failures.take()
+        if failures and sums is None:
+            raise ClientError(f"round {server_round}: no client survived; {failures[0]}")
+        due = server_round % run.evaluate_every == 0 or server_round == run.rounds
+        tested = evaluate_test(self._grid, arrays, self._parts) if due else {}
+        now = time.perf_counter()
+        line = {
+            "round": server_round,
+            **(self._training(sums) if sums is not None else {}),
+            **(_failed(failures) if sums is not None and run.on_client_error == "skip" else {}),
+            "test_loss": tested.get("loss"),
+            "test_accuracy": tested.get("accuracy"),
+            **({"test_perplexity": _perplexity(tested)} if self._sequences else {}),
+            "wall_seconds": round(now - self._since, 4),
+        }
+        if server_round == 0:
+            line |= initial_curvature(self._prepared)
+        not_finite = self._not_finite(line, arrays)
+        if not_finite:
+            line["diverged"] = not_finite
+        self._since = time.perf_counter()
+        self._record(line, arrays)
+        if not_finite:
+            raise DivergedError(not_finite, server_round)
+        return MetricRecord(dict(tested)) if due else None
+
+    def _not_finite(self, line: dict[str, Any], arrays: ArrayRecord) -> str | None:
+        """Say what is not finite; the norm of D is, unless an entry is not."""
+        for name in ("train_loss", "test_loss", "update_norm"):
+            if not math.isfinite(line.get(name) or 0.0):
+                return f"{name} is"
+        return None if self._prepared.problem.layout.is_finite(arrays) else "weights are"
+
+    def _training(self, sums: CohortSums) -> dict[str, Any]:
+        metrics = sums.mean_metrics()
+        aggregate = sums.mean_update(out=self._spare)
+        previous, self.previous, self._spare = self.previous, aggregate, self.previous
+        return {
+            "train_loss": metrics.get("train-loss"),
+            "train_accuracy": metrics.get("train-accuracy"),
+            "cohort_size": sums.clients,
+            "examples": int(sums.examples),
+            "update_norm": aggregate.norm().item(),
+            "gradient_diversity": sums.gradient_diversity(),
+            "mean_pairwise_cosine": sums.mean_pairwise_cosine(),
+            "cosine_with_previous": _cosine(previous, aggregate),
+        }
+
+
+def _failed(failures: list[str]) -> dict[str, Any]:
+    """How many clients were skipped, and why the first was."""
+    return {"failed_clients": len(failures), **({"client_error": failures[0]} if failures else {})}
+
+
+def initial_curvature(prepared: Simulation) -> dict[str, float | int]:
+    """Return the top Hessian eigenvalues at the initialization, where the run asks for them.
+
+    The sample is of training rows, the same for every run with the same data and seed.
+    """
+    run, problem = prepared.run, prepared.problem
+    if not run.measure.hessian:
+        return {}
+
+    rows = keyed(Draw.SAMPLE, run.seed).permutation(len(problem.dataset))[: run.measure.hessian]
+    batches = [
+        problem.dataset.batch(rows[at : at + _HESSIAN_BATCH])
+        for at in range(0, len(rows), _HESSIAN_BATCH)
+    ]
+    top = top_hessian_eigenvalues(
+        problem.model, problem.loss, batches, run.seed, _HESSIAN_TOLERANCE
+    )
+    return {f"hessian_{name}": value for name, value in asdict(top).items()}
+
+
+def evaluate_test(grid: Grid, arrays: ArrayRecord, parts: int) -> dict[str, float]:
+    """Evaluate x on the test set, in `parts` by as many nodes, or by all if there are fewer.
+
+    Returns:
+        `loss` and, where targets are labels, `accuracy`.
+    """
+    nodes = sorted(grid.get_node_ids())[:parts]
+    replies = grid.send_and_receive(
+        [
+            Message(
+                RecordDict(
+                    {ARRAYS: arrays, "config": ConfigRecord({"part": part, "parts": len(nodes)})}
+                ),
+                dst_node_id=node,
+                message_type="evaluate.test",
+            )
+            for part, node in enumerate(nodes)
+        ]
+    )
+    parts_scored = []
+    for reply in replies:
+        if reply.has_error():
+            raise RuntimeError(f"evaluation failed: {reply.error.reason}")
+        parts_scored.append(dict(reply.content.metric_records[METRICS]))
+    return _weighted(parts_scored)
+
+
+def _weighted(parts: Iterable[dict[str, Any]]) -> dict[str, float]:
+    parts = list(parts)
+    total = sum(part["num-examples"] for part in parts)
+    return {
+        name: sum(part[name] * part["num-examples"] for part in parts) / total
+        for name in parts[0]
+        if name != "num-examples"
+    }
+
+
+def _perplexity(tested: dict[str, float]) -> float | None:
+    return float(np.exp(tested["loss"])) if tested else None
+
+
+def _cosine(first: torch.Tensor | None, second: torch.Tensor) -> float:
+    if first is None:
+        return math.nan
+    norms = (first.norm() * second.norm()).item()
+    return torch.dot(first, second).item() / norms if norms > 0 else math.nan

@@ -1,0 +1,195 @@
+"""A results folder that is one process's, and the runs in it that go on from their checkpoints."""
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor
+
+from experiments.wiring import Simulation
+from fedinit.checkpoints import DamagedError, UnsavableError, decode, encode
+from fedinit.config import Run, difference
+from fedinit.errors import RequestError, named
+from fedinit.experiment_file import Experiment
+from fedinit.results import RunFolder
+from fedinit.simulation import RayGrid
+from strategies.continuing import restore, state_of
+
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is after a round: with what strategy and clients keep, all that decides the next.
+
+    Everything random is keyed by the seed and the round, so no generator's state is a part of it.
+
+    Attributes:
+        server_round: the round.
+        arrays: x.
+        previous: the round's aggregate D, for the cosine with the next.
+        configs: what Flower hands a strategy to configure training and evaluation, as it left it.
+    """
+
+    server_round: int
+    arrays: ArrayRecord
+    previous: Tensor | None = None
+    configs: tuple[ConfigRecord, ConfigRecord] = field(
+        default_factory=lambda: (ConfigRecord(), ConfigRecord())
+    )
+
+
+class Checkpoints:
+    """A run's checkpoints: written as it goes, and read where it goes on.
+
+    Args:
+        prepared: the run.
+        grid: its grid, which keeps the clients' states.
+        folder: its folder.
+        note: called with what is to be said.
+    """
+
+    def __init__(
+        self, prepared: Simulation, grid: RayGrid, folder: RunFolder, note: Callable[[str], None]
+    ) -> None:
+        self._run = prepared.run
+        self._strategy = prepared.strategy
+        self._layout = prepared.problem.layout
+        self._grid = grid
+        self._folder = folder
+        self._note = note
+        self._savable = True
+
+    def save(self, position: Position) -> None:
+        """Write a checkpoint; where the strategy's state cannot be saved, say so once."""
+        if not self._savable:
+            return
+        try:
+            content = encode(
+                {
+                    "position": vars(position),
+                    # One vector that all clients share is summed in larger groups than arrays are.
+                    "in_one_vector": getattr(position.arrays, "flat", None) is not None,
+                    "strategy": state_of(self._strategy),
+                    "states": self._grid.states,
+                    "workers": self._grid.num_workers,
+                }
+            )
+        except UnsavableError as error:
+            self._savable = False
+            self._note(f"  no checkpoints, so --resume would begin this run again: {error}")
+        else:
+            self._folder.checkpoint(position.server_round, content)
+
+    def resume(self) -> Position | None:
+        """Set strategy, clients and folder back to the newest checkpoint that is whole.
+
+        Returns:
+            Where the run goes on; None: at its beginning.
+        """
+        for path in self._folder.checkpoints:
+            try:
+                content = decode(path)
+                position, strategy, states, workers = self._read(content)
+                self._folder.go_on(self._run, position.server_round)
+            except (DamagedError, RequestError) as error:
+                self._note(f"  checkpoint {path.name} cannot be used: {error}")
+                continue
+            restore(self._strategy, strategy)
+            self._grid.states.update(states)
+            self._note(f"  goes on after round {position.server_round}")
+            now, cohort = self._grid.num_workers, self._run.cohort
+            if min(cohort, now) != min(cohort, workers):
+                self._note(f"  with {now} workers instead of {workers}: the same up to rounding")
+            return position
+        if (self._folder.path / "rounds.jsonl").exists():
+            self._note("  no checkpoint to go on from: begins again at round 0")
+        return None
+
+    def _read(self, content: Any) -> tuple[Position, Any, dict[int, RecordDict], int]:
+        """Read what `save` wrote.
+
+        Raises:
+            DamagedError: it is something else.
+            RequestError: x is another model's.
+        """
+        try:
+            position = Position(**content["position"])
+            rest = content["strategy"], content["states"], content["workers"]
+            flat, others = self._layout.flatten(position.arrays), self._layout.rest(position.arrays)
+            if content["in_one_vector"]:
+                position = replace(position, arrays=self._layout.record(flat, others))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DamagedError(f"not a run's: {named(error)}") from None
+        return position, *rest
+
+
+@contextmanager
+def results_folder(out: Path) -> Iterator[None]:
+    """Make a folder and keep every other process out of it.
+
+    It goes again if the request is refused before anything was written. The lock is the kernel's:
+    it ends with this process, however that ends.
+
+    Raises:
+        RequestError: it cannot be made or written to, or another process is at work in it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / LOCK).open("ab")
+    except OSError as error:
+        raise RequestError(f"--out {out}: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RequestError(f"--out {out}: another fedinit is at work there") from None
+        except OSError as error:
+            raise RequestError(f"--out {out}: cannot be locked: {error.strerror}") from None
+        try:
+            yield
+        except RequestError:
+            if os.listdir(out) == [LOCK]:
+                (out / LOCK).unlink()
+                out.rmdir()
+            raise
+
+
+def check_folder(experiment: Experiment, out: Path, resume: bool) -> None:
+    """Check that a folder is free, or holds the experiment's own results where it is resumed.
+
+    Raises:
+        RequestError: it holds something else; of a run's settings the changed one is named.
+    """
+    if is_free(out):
+        return
+    if not out.is_dir():
+        raise RequestError(f"--out {out}: not a folder")
+    if not resume:
+        raise RequestError(f"--out {out}: not empty; continue it with --resume, or name another")
+    for label, run in experiment.runs.items():
+        if not (out / label / "run.yaml").exists():
+            continue
+        changed = difference(RunFolder(out / label).run, as_begun(run, out / label))
+        if changed:
+            raise RequestError(
+                f"--resume: {out / label / 'run.yaml'} was made with other settings: {changed}; "
+                "name another --out"
+            )
+
+
+def is_free(out: Path) -> bool:
+    """Whether there is nothing yet where results are to go, but for a lock."""
+    return not out.exists() or (out.is_dir() and set(os.listdir(out)) <= {LOCK})
+
+
+def as_begun(run: Run, path: Path) -> Run:
+    """Return the run as an earlier call settled it: one memory format from its begin to its end."""
+    if run.memory_format != "auto" or not (path / "run.yaml").exists():
+        return run
+    return run.model_copy(update={"memory_format": RunFolder(path).run.memory_format})

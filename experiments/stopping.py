@@ -1,0 +1,54 @@
+"""Ctrl-C and SIGTERM: once, the round under way is finished and kept; twice, all stops at once."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StoppedError(KeyboardInterrupt):
+    """The round was finished and kept, and nothing more is to be done."""
+
+
+class Stop:
+    """Whether to stop after the round.
+
+    Attributes:
+        requested: whether a signal has come.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._in_round = False
+
+    @contextmanager
+    def caught(self, in_round: bool = False) -> Iterator[None]:
+        """Catch the signals; to be entered again where somebody else, as Ray does, took them.
+
+        Args:
+            in_round: whether there is a round to finish; otherwise the first signal stops at once.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may take signals
+            return
+        outer, self._in_round = self._in_round, in_round
+        before = {number: signal.signal(number, self._take) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            self._in_round = outer
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _take(self, _number: int, _frame: Any) -> None:
+        if not self._in_round:
+            raise StoppedError
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        # Not print: the signal may come while it is printing.
+        os.write(2, b"\nstopping after this round; once more to stop at once\n")

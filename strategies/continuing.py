@@ -1,0 +1,86 @@
+"""A strategy that goes on in mid-run: its rounds counted on, and its state saved and set back."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedinit.checkpoints import UnsavableError
+from fedinit.parameters import Layout
+
+
+class Continued(Strategy):
+    """Another strategy from round `done` + 1 on: Flower's `start` counts from 1.
+
+    Args:
+        strategy: it must not have a `start` of its own.
+        done: number of rounds that are done.
+    """
+
+    def __init__(self, strategy: Strategy, done: int) -> None:
+        self._strategy = strategy
+        self._done = done
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """See `Strategy.configure_train`."""
+        return self._strategy.configure_train(self._done + server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """See `Strategy.aggregate_train`."""
+        return self._strategy.aggregate_train(self._done + server_round, replies)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """See `Strategy.configure_evaluate`."""
+        return self._strategy.configure_evaluate(self._done + server_round, arrays, config, grid)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """See `Strategy.aggregate_evaluate`."""
+        return self._strategy.aggregate_evaluate(self._done + server_round, replies)
+
+    def summary(self) -> None:
+        """See `Strategy.summary`."""
+        self._strategy.summary()
+
+
+def state_of(strategy: Strategy) -> Any:
+    """Return what a strategy has to remember from round to round, as plain data and tensors.
+
+    Its `state_dict()` if it has one. Otherwise its attributes, as Flower's own strategies keep
+    their state in these; a strategy that wraps another is saved with it. Functions and layouts are
+    left out: they are made anew as they were.
+
+    Raises:
+        UnsavableError: it has a `start` of its own, whose place in mid-run nobody knows.
+    """
+    if type(strategy).start is not Strategy.start:
+        raise UnsavableError(f"{type(strategy).__name__} has a `start` of its own")
+    if hasattr(strategy, "state_dict") and hasattr(strategy, "load_state_dict"):
+        return strategy.state_dict()
+    return {
+        name: state_of(value) if isinstance(value, Strategy) else value
+        for name, value in vars(strategy).items()
+        if not callable(value) and not isinstance(value, Layout)
+    }
+
+
+def restore(strategy: Strategy, state: Any) -> None:
+    """Set back what `state_of` returned of a strategy that was built with the same arguments."""
+    if hasattr(strategy, "state_dict") and hasattr(strategy, "load_state_dict"):
+        strategy.load_state_dict(state)
+        return
+    for name, value in state.items():
+        inner = getattr(strategy, name, None)
+        if isinstance(inner, Strategy):
+            restore(inner, value)
+        else:
+            setattr(strategy, name, value)
