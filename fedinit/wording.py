@@ -18,10 +18,9 @@ def left_out(rows: Iterable[Mapping[str, Any]]) -> str | None:
     ]
     if not diverged:
         return None
-    many = (
-        f"{len(diverged)} runs diverged and are" if len(diverged) > 1 else "1 run diverged and is"
-    )
-    return f"{many} left out of every mean and figure: {'; '.join(diverged)}."
+    many = len(diverged)
+    told = f"{many} runs diverged and are" if many > 1 else "1 run diverged and is"
+    return f"{told} left out of every mean and figure: {'; '.join(diverged)}."
 
 
 def share(value: float) -> str:

@@ -1,5 +1,6 @@
 """Problems as a user would plug them in: quadratics whose federated training is known by hand."""
 
+import random
 import time
 from pathlib import Path
 
@@ -175,3 +176,61 @@ def group_norm_network() -> nn.Module:
 
 def saved(folder: str) -> FederatedDataset:
     return FederatedDataset.open(Path(folder))
+
+
+class Remembering(FedAvg):
+    """A user's strategy whose step depends on all rounds before, kept where it says itself."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self._moments = [0.0]
+
+    def state_dict(self):
+        return {"moments": list(self._moments)}
+
+    def load_state_dict(self, state):
+        self._moments = state["moments"]
+
+    def aggregate_train(self, server_round, replies):
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        self._moments.append(0.5 * self._moments[-1] + server_round)
+        moved = [each + 1e-3 * self._moments[-1] for each in arrays.to_numpy_ndarrays()]
+        return type(arrays)(dict(zip(arrays, map(_array, moved), strict=True))), metrics
+
+
+class Decaying(FedAvg):
+    """Keeps its rate in the config that Flower hands it from round to round, as tutorials do."""
+
+    def configure_train(self, server_round, arrays, config, grid):
+        config["rate"] = float(config.get("rate", 1.0)) / 2
+        self.rate = random.random() * config["rate"]  # and draws from Python's generator
+        self.before = arrays.to_numpy_ndarrays()
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(self, server_round, replies):
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        moved = [
+            old + self.rate * (new - old)
+            for old, new in zip(self.before, arrays.to_numpy_ndarrays(), strict=True)
+        ]
+        return type(arrays)(dict(zip(arrays, map(_array, moved), strict=True))), metrics
+
+
+class OwnStart(FedAvg):
+    """Has a `start` of its own, whose place in mid-run nobody else knows."""
+
+    def start(self, *arguments, **named):
+        return super().start(*arguments, **named)
+
+
+class FailingPoint(Point):
+    """A point that client `victim`, known by its curvature, cannot be trained on."""
+
+    def __init__(self, victims: list[float], size: int = 2) -> None:
+        super().__init__(size)
+        self.victims = victims
+
+    def forward(self, curvature: Tensor) -> Tensor:
+        if self.training and curvature[0, 0].item() in self.victims:
+            raise ValueError("out of luck")
+        return super().forward(curvature)
