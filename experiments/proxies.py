@@ -1,11 +1,15 @@
 """The proxies that runs start from: checked with the runs, trained before them, once each."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from experiments.progress import Progress
 from experiments.wiring import Datasets, problem_of, simulation, try_out
 from fedinit.config import Run
+from fedinit.errors import RequestError
+from fedinit.locking import locked
 from fedinit.pretraining import pretrain, proxy_path, proxy_run
 from fedinit.problem import build_problem
 
@@ -27,13 +31,30 @@ def check(run: Run, datasets: Datasets) -> None:
 def train_missing(runs: Iterable[Run], datasets: Datasets, progress: Progress) -> list[Path]:
     """Train each proxy that the runs start from and that is not there yet; return where all are.
 
+    Of several processes that want the same proxy one trains it, and the others wait.
+
     Raises:
         RequestError: a loss is not finite, or a file cannot be written.
     """
     proxies = {proxy_path(run): run for run in runs if run.initialization == "proxy"}
     for path, run in proxies.items():
-        if not path.exists():
-            label = f"pre-training {run.model} on {run.proxy.dataset}"
-            with progress.pretraining(label) as report:
-                pretrain(run, datasets.load(proxy_run(run)), report)
+        if path.exists():
+            continue
+        label = f"pre-training {run.model} on {run.proxy.dataset}"
+        with _alone(path, partial(progress.note, f"{label}: another fedinit does it; waiting")):
+            if not path.exists():
+                with progress.pretraining(label) as report:
+                    pretrain(run, datasets.load(proxy_run(run)), report)
     return list(proxies)
+
+
+@contextmanager
+def _alone(path: Path, taken: Callable[[], None]) -> Iterator[None]:
+    """Be the one process that writes a file of the cache."""
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(path.with_suffix(".lock"), taken))
+        except OSError as error:
+            raise RequestError(f"proxy: cannot write {path}: {error.strerror}") from None
+        yield

@@ -1,9 +1,8 @@
 """A results folder that is one process's, and the runs in it that go on from their checkpoints."""
 
-import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from fedinit.checkpoints import DamagedError, UnsavableError, decode, encode
 from fedinit.config import Run, difference
 from fedinit.errors import RequestError, named
 from fedinit.experiment_file import Experiment
+from fedinit.locking import locked
 from fedinit.results import RunFolder
 from fedinit.simulation import RayGrid
 from strategies.continuing import restore, state_of
@@ -133,28 +133,25 @@ class Checkpoints:
 def results_folder(out: Path) -> Iterator[None]:
     """Make a folder and keep every other process out of it.
 
-    It goes again if the request is refused before anything was written. The lock is the kernel's:
-    it ends with this process, however that ends.
+    It goes again if the request is refused before anything was written.
 
     Raises:
         RequestError: it cannot be made or written to, or another process is at work in it.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / LOCK).open("ab")
-    except OSError as error:
-        raise RequestError(f"--out {out}: {error.strerror}") from None
-    with lock:
+
+    def taken() -> None:
+        raise RequestError(f"--out {out}: another fedinit is at work there")
+
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RequestError(f"--out {out}: another fedinit is at work there") from None
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out / LOCK, taken))
         except OSError as error:
-            raise RequestError(f"--out {out}: cannot be locked: {error.strerror}") from None
+            raise RequestError(f"--out {out}: {error.strerror}") from None
         try:
             yield
         except RequestError:
-            if os.listdir(out) == [LOCK]:
+            if is_free(out):
                 (out / LOCK).unlink()
                 out.rmdir()
             raise

@@ -12,6 +12,8 @@ import itertools
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -32,7 +34,7 @@ from experiments.resuming import is_free, results_folder
 from experiments.running import train
 from experiments.wiring import Datasets, simulation
 from fedinit.config import Run, Strict, explain, get
-from fedinit.errors import RequestError, named
+from fedinit.errors import RequestError, WriteError, named, one_line
 from fedinit.experiment_file import Experiment, check_rules, matches, with_settings
 from fedinit.randomness import Draw, keyed, torch_seed
 from fedinit.results import to_json, write_atomically
@@ -132,15 +134,15 @@ def tune(
         for arm in arms:
             sampler = optuna.samplers.GridSampler(arm.values, seed=_seed(arm))
             pruner = optuna.pruners.MedianPruner(n_startup_trials=_FREE)
-            study = optuna.create_study(
-                storage=storage,
-                study_name=arm.label,
-                load_if_exists=True,
-                sampler=sampler,
-                pruner=pruner,
-            )
             number = min(settings.trials, len(arm.runs))
-            with progress.arm(arm.label, number) as report:
+            with _stored(out / _TRIALS), progress.arm(arm.label, number) as report:
+                study = optuna.create_study(
+                    storage=storage,
+                    study_name=arm.label,
+                    load_if_exists=True,
+                    sampler=sampler,
+                    pruner=pruner,
+                )
                 study.optimize(
                     partial(_score, arm, workers, datasets),
                     n_trials=number - len(_finished(study)),
@@ -151,6 +153,19 @@ def tune(
             _write_rates(out / RATES, experiment, rules, settings)
             progress.note(f"  best: {rules[-1]['set']} {rules[-1]['note']}")
     return out / RATES
+
+
+@contextmanager
+def _stored(path: Path) -> Iterator[None]:
+    """Name the storage in what goes wrong with it.
+
+    Raises:
+        WriteError: the disk is full, say.
+    """
+    try:
+        yield
+    except optuna.exceptions.StorageInternalError as error:
+        raise WriteError(f"{path}: {one_line(error)}") from None
 
 
 def _settings(experiment: Experiment) -> Tune:

@@ -234,3 +234,20 @@ class FailingPoint(Point):
         if self.training and curvature[0, 0].item() in self.victims:
             raise ValueError("out of luck")
         return super().forward(curvature)
+
+
+class Slow(nn.Module):
+    """Waits in every forward pass in training."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            time.sleep(self.seconds)
+        return inputs
+
+
+def slow_classifier(num_classes: int, seconds: float = 0.01) -> nn.Module:
+    return nn.Sequential(Slow(seconds), dropout_classifier(num_classes))

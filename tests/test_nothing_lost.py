@@ -1,0 +1,267 @@
+"""Real processes that are killed, stopped, run twice or run out of disk: nothing written is lost.
+
+FEDINIT_KILLS is the number of kills (3), FEDINIT_SOAK_ROUNDS the length of the soak (300).
+"""
+
+import ctypes
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from experiments.resuming import results_folder
+from fedinit.results import RunFolder, read_summary
+
+HERE = Path(__file__).parent
+KILLS = int(os.environ.get("FEDINIT_KILLS", "3"))
+SOAK_ROUNDS = int(os.environ.get("FEDINIT_SOAK_ROUNDS", "300"))
+SWEEP = {
+    "dataset": "plugged_in:gaussians",
+    "model": "plugged_in:dropout_classifier",
+    "client": {"lr": 0.02, "batch_size": 8},
+    "server": {"lr": 0.02},
+    "cohort": 3,
+    "rounds": 40 * KILLS,
+    "evaluate_every": 7,
+    "checkpoint_every": 3,
+    "measure": {"distance": True},
+    "workers": 2,
+    "grid": {"server.optimizer": ["adam", "momentum"]},
+}
+SLOW = SWEEP | {"model": "plugged_in:slow_classifier", "rounds": 12, "evaluate_every": 4}
+RUNS = ["server.optimizer=adam", "server.optimizer=momentum"]
+
+
+def outcome(out: Path) -> dict[str, object]:
+    """What the runs of a sweep leave, but for the seconds they took."""
+    found: dict[str, object] = {}
+    for run in RUNS:
+        folder = out / run
+        lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+        found[f"{run} rounds"] = [line | {"wall_seconds": 0} for line in lines]
+        found |= {
+            f"{run} {path.relative_to(folder)}": path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file() and path.name != "rounds.jsonl"
+        }
+    return found
+
+
+def lines_written(out: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in out.glob("*/rounds.jsonl"))
+
+
+@contextmanager
+def running(file: Path, out: Path):
+    """A `fedinit run --resume` in a session of its own; whatever is left of it ends with this."""
+    command = [sys.executable, "-c", "from experiments.cli import app; app()", "run"]
+    process = subprocess.Popen(
+        [*command, str(file), "--out", str(out), "--resume"],
+        env=os.environ | {"PYTHONPATH": str(HERE.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        kill(process)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End a process and all that it started at once, as a machine that dies does."""
+    family = []
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        family = [*parent.children(recursive=True), parent]
+    for each in family:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait()
+
+
+def wait_for(process: subprocess.Popen, reached) -> bool:
+    """Wait until something is reached, or the process has ended; return whether it was."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if reached():
+            return True
+        time.sleep(0.002)
+    return False
+
+
+@pytest.fixture
+def whole(fedinit, experiment, ray_started, tmp_path):
+    """Carry out a sweep that nothing happens to."""
+
+    def run(settings: dict) -> tuple[Path, dict[str, object]]:
+        file = experiment(settings)
+        result = fedinit("run", file, "--out", tmp_path / "whole")
+        assert result.exit_code == 0, result.output
+        return file, outcome(tmp_path / "whole")
+
+    return run
+
+
+def test_kills_at_random_moments(whole, fedinit, tmp_path):
+    """kill -9 of the driver and its Ray, again and again; each time --resume goes on.
+
+    Most moments lie within the rounds, with their checkpoints; every fifth anywhere from the start.
+    """
+    file, expected = whole(SWEEP)
+    seed = time.time_ns()
+    draw = random.Random(seed)
+    kills = failed = attempt = 0
+    while kills < KILLS:
+        out = tmp_path / f"killed-{attempt}"
+        attempt += 1
+        finished = False
+        while not finished and kills < KILLS:
+            with running(file, out) as process:
+                before = lines_written(out)
+                if kills % 5 != 4:
+                    wait_for(process, lambda n=before, at=out: lines_written(at) > n)
+                    time.sleep(draw.uniform(0, 0.6))
+                else:
+                    time.sleep(draw.uniform(0, 10))
+                finished = process.poll() is not None
+            kills += not finished
+        result = fedinit("run", file, "--out", out, "--resume")
+        failed += result.exit_code != 0 or outcome(out) != expected
+    print(f"kills: {kills}, failed: {failed}")
+    assert failed == 0, f"seed {seed}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_one_signal_finishes_the_round_and_reports(number, whole, fedinit, tmp_path):
+    file, expected = whole(SLOW)
+    out = tmp_path / "stopped"
+    with running(file, out) as process:
+        assert wait_for(process, lambda: lines_written(out) >= 2), process.communicate()
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does: Ray's processes get it too
+        else:
+            process.send_signal(number)
+        said, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert f"stopped; --out {out} --resume goes on" in said
+    statuses = [row["status"] for row in read_summary(out)["runs"]]
+    assert statuses == ["unfinished", "unfinished"]
+    assert "2 unfinished" in (out / "report.html").read_text()
+    done = lines_written(out) - 1
+    newest = RunFolder(out / RUNS[0]).checkpoints[0]
+    assert newest.name == f"round-{done:06d}.safetensors"
+    again = fedinit("run", file, "--out", out, "--resume")
+    assert f"goes on after round {done}" in again.output
+    assert outcome(out) == expected
+
+
+def test_two_signals_stop_at_once(whole, fedinit, tmp_path):
+    """A round of 4 s is not waited for."""
+    slow = SLOW | {"model_args": {"seconds": 1.0}, "client": {"lr": 0.02, "batch_size": 100}}
+    file, expected = whole(slow | {"rounds": 2})
+    out = tmp_path / "stopped"
+    with running(file, out) as process:
+        assert wait_for(process, lambda: lines_written(out) >= 1), process.communicate()
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert lines_written(out) == 1
+    assert fedinit("run", file, "--out", out, "--resume").exit_code == 0
+    assert outcome(out) == expected
+
+
+def test_a_second_process_is_refused(fedinit, experiment, tmp_path):
+    file, out = experiment(SWEEP | {"tune": {"search": []}, "validation": 0.5}), tmp_path / "out"
+    with results_folder(out):
+        for command in ("run", "tune"):
+            result = fedinit(command, file, "--out", out)
+            assert result.exit_code == 2, result.output
+            line = f"fedinit: --out {out}: another fedinit is at work there"
+            assert result.stderr.splitlines() == [line]
+
+
+def test_a_changed_setting_is_named(whole, fedinit, tmp_path):
+    """Of two settings of the first run the one is named; how it is carried out may change."""
+    file, _ = whole(SWEEP | {"rounds": 1})
+    out = tmp_path / "whole"
+    changed = fedinit("run", file, "--out", out, "--resume", "--set", "client.lr=0.3")
+    assert changed.exit_code == 2
+    assert changed.stderr.splitlines() == [
+        f"fedinit: --resume: {out / RUNS[0] / 'run.yaml'} was made with other settings: "
+        "client.lr was 0.02, now 0.3; name another --out"
+    ]
+    same = fedinit("run", file, "--out", out, "--resume", "--set", "checkpoint_every=1")
+    assert same.exit_code == 0, same.output
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB, in memory."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"tmpfs", str(path).encode(), b"tmpfs", 0, b"size=1m") != 0:
+        pytest.skip(f"no tmpfs can be mounted here: {os.strerror(ctypes.get_errno())}")
+    yield path
+    libc.umount2(str(path).encode(), 2)  # MNT_DETACH
+
+
+def fill(disk: Path, left: int) -> Path:
+    """Fill a disk but for so many bytes."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    os.truncate(filler, filler.stat().st_size - left)
+    return filler
+
+
+def test_a_full_disk_in_mid_run(whole, fedinit, small_disk):
+    """One line, status 1; the rounds until then are whole, and with room again they go on."""
+    file, expected = whole(SWEEP)
+    filler = fill(small_disk, 20 * 4096)
+    out = small_disk / "out"
+    result = fedinit("run", file, "--out", out)
+    assert result.exit_code == 1, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"fedinit: cannot write {out / RUNS[0]}")
+    assert "No space left on device" in line
+    assert [line["round"] for line in RunFolder(out / RUNS[0]).rounds][:2] == [0, 1]
+    filler.unlink()
+    again = fedinit("run", file, "--out", out, "--resume")
+    assert again.exit_code == 0, again.output
+    assert "goes on after round" in again.output
+    assert outcome(out) == expected
+
+
+def test_a_disk_that_is_full_from_the_start(fedinit, experiment, ray_started, small_disk):
+    fill(small_disk, 0)
+    out = small_disk / "out"
+    result = fedinit("run", experiment(SWEEP), "--out", out)
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert f"{out}" in line
+    assert "No space left on device" in line
+    assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_made(fedinit, experiment):
+    result = fedinit("run", experiment(SWEEP), "--out", "/proc/nowhere/out")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [
+        "fedinit: --out /proc/nowhere/out: No such file or directory"
+    ]
