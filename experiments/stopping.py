@@ -24,6 +24,7 @@ class Stop:
     def __init__(self) -> None:
         self.requested = False
         self._in_round = False
+        self._stopping = False  # whatever comes now, Ray is being shut down, which takes its time
 
     @contextmanager
     def caught(self, in_round: bool = False) -> Iterator[None]:
@@ -40,15 +41,18 @@ class Stop:
         try:
             yield
         finally:
+            self._stopping |= in_round and self.requested
             self._in_round = outer
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def _take(self, _number: int, _frame: Any) -> None:
-        if not self._in_round:
-            raise StoppedError
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        # Not print: the signal may come while it is printing.
-        os.write(2, b"\nstopping after this round; once more to stop at once\n")
+        if self._stopping:
+            return
+        if self._in_round and not self.requested:
+            self.requested = True
+            # Not print: the signal may come while it is printing.
+            os.write(2, b"\nstopping after this round; once more to stop at once\n")
+            return
+        self._stopping = True
+        raise KeyboardInterrupt if self._in_round else StoppedError
