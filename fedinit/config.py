@@ -1,10 +1,12 @@
 """A run, fully specified and validated."""
 
 from collections.abc import Iterable, Mapping
+from datetime import date
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -19,6 +21,27 @@ from fedinit.errors import RequestError, one_line, unknown
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _plain(value: Any) -> Any:
+    """Check that a user's arguments are what run.yaml can say again."""
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        inner = list(value.values())
+    elif isinstance(value, list):
+        inner = value
+    elif value is None or isinstance(value, bool | int | float | str | date):
+        return value
+    else:
+        raise ValueError(f"expected numbers, text, lists and mappings, found {value!r}")
+    try:
+        for each in inner:
+            _plain(each)
+    except RecursionError:  # a YAML alias to what holds it
+        raise ValueError("nested too deeply") from None
+    return value
+
+
+Arguments = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 
 class Strict(BaseModel):
@@ -91,7 +114,7 @@ class Proxy(Strict):
     """
 
     dataset: str | None = None
-    dataset_args: dict[str, Any] = {}
+    dataset_args: Arguments = {}
     max_examples: PositiveInt | None = None
     epochs: PositiveInt = 1
     batch_size: PositiveInt = 64
@@ -107,18 +130,18 @@ class Run(Strict):
     """One run, fully specified. Names are resolved, and sizes checked, before any work starts."""
 
     dataset: str
-    dataset_args: dict[str, Any] = {}
+    dataset_args: Arguments = {}
     partition: Partition = Partition()
     model: str
-    model_args: dict[str, Any] = {}
+    model_args: Arguments = {}
     loss: str = "cross-entropy"
-    loss_args: dict[str, Any] = {}
+    loss_args: Arguments = {}
     initialization: str = "random"
     proxy: Proxy = Proxy()
     normalization: Literal["loaded", "fresh"] = "loaded"
     trainable: Literal["all", "head"] = "all"
     strategy: str = "fedopt"
-    strategy_args: dict[str, Any] = {}
+    strategy_args: Arguments = {}
     reduce: Literal["auto", "worker", "client"] = "auto"
     client: Client = Client()
     server: Server = Server()

@@ -50,11 +50,15 @@ _Loader.add_implicit_resolver(
 )
 
 
+# Beside YAML's own: not UTF-8 or a date that does not exist; thousands of nested brackets.
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+
+
 def parse_value(text: str) -> Any:
     """Read one YAML value, as `--set key=value` gives it."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+    except _NOT_YAML as error:
         raise RequestError(f"'{text}' is not a YAML value: {one_line(error)}") from None
 
 
@@ -80,7 +84,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # not UTF-8; a date that does not exist
+    except _NOT_YAML as error:
         raise RequestError(f"{path} is not YAML: {one_line(error)}") from None
     if not _is_settings(content):
         raise RequestError(f"{path}: expected `key: value` settings at the top level")

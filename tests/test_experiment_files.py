@@ -1,0 +1,199 @@
+"""Every mutation of a valid experiment file either runs or ends in one line and exit status 2."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from experiments.cli import app
+from fedinit.errors import RequestError
+
+VALID = {
+    "name": "mutated",
+    "study": "convergence",
+    "dataset": "plugged_in:quadratics",
+    "dataset_args": {"curvature": [[1.0], [2.0]], "optimum": [[0.0], [1.0]], "examples": [1, 2]},
+    "partition": {"kind": "natural"},
+    "model": "plugged_in:Point",
+    "model_args": {"size": 1},
+    "loss": "plugged_in:half_squared_error",
+    "loss_args": {},
+    "initialization": "random",
+    "client": {"optimizer": "sgd", "lr": 0.1, "epochs": 1, "batch_size": 2, "shuffle": True},
+    "server": {"optimizer": "sgd", "lr": 1.0, "betas": [0.9, 0.99]},
+    "stragglers": {"fraction": 0.5, "epochs": [1, 2]},
+    "strategy": "fedopt",
+    "strategy_args": {},
+    "measure": {"hessian": 0, "distance": False},
+    "rounds": 1,
+    "cohort": 2,
+    "seed": 0,
+    "checkpoint_every": 3,
+    "on_client_error": "skip",
+    "target_accuracy": 0.5,
+    "validation": 0.0,
+    "workers": 1,
+    "memory_format": "contiguous",
+    "grid": {"server.optimizer": ["sgd", "adam"], "seed": [0, 1]},
+    "when": [{"match": {"server.optimizer": "adam"}, "set": {"server.lr": 0.1}}],
+    "presets": {"one": {"rounds": 2}, "two": {"grid": {"seed": [3]}}},
+    "tune": {"trials": 2, "search": [{"match": {}, "set": {"client.lr": [0.1]}}]},
+}
+# Whose values are a user's own function's to read: a huge number there is a huge model.
+OWN = ("dataset_args", "model_args")
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 3),
+    st.integers(-(10**40), 10**40),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(
+        [
+            "",
+            "a" * 300,
+            "../up",
+            "x.safetensors",
+            "x.pt",
+            "plugged_in:nothing",
+            "os:abort",
+            ":",
+            "a:",
+        ]
+    ),
+    st.dates(),
+    st.binary(max_size=4),
+)
+JUNK = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=6) | st.integers(-2, 2) | st.none(), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+def places(node: object, path: tuple = ()) -> list[tuple]:
+    """Every place in nested settings."""
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    found = []
+    for key, value in items:
+        found.append((*path, key))
+        if isinstance(value, dict | list):
+            found += places(value, (*path, key))
+    return found
+
+
+def bounded(value: object) -> bool:
+    """Whether no number in a value asks for much memory."""
+    if isinstance(value, dict | list):
+        return all(map(bounded, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, int | float) or abs(value) < 100
+
+
+@st.composite
+def mutated(draw) -> str:
+    """The valid file with one to three of its places changed, deleted or added to."""
+    content = copy.deepcopy(VALID)
+    for _ in range(draw(st.integers(1, 3))):
+        *above, last = draw(st.sampled_from(places(content)))
+        node = content
+        for key in above:
+            node = node[key]
+        kind = draw(st.sampled_from(["replace", "delete", "add", "rename"]))
+        value = draw(JUNK.filter(bounded) if {*above, last} & {*OWN} else JUNK)
+        if kind == "delete":
+            del node[last]
+        elif kind == "add" and isinstance(node, dict):
+            node[draw(st.text(max_size=6))] = value
+        elif kind == "rename" and isinstance(node, dict):
+            node[draw(st.sampled_from([f"{last}x", f"{last}.lr", str(last).upper()]))] = node.pop(
+                last
+            )
+        else:
+            node[last] = value
+    return yaml.safe_dump(content, allow_unicode=True, sort_keys=False)
+
+
+@st.composite
+def garbled(draw) -> str:
+    """The valid file's text with a piece cut out, doubled, or replaced by anything."""
+    text = yaml.safe_dump(VALID, sort_keys=False)
+    first, last = sorted(draw(st.tuples(*[st.integers(0, len(text))] * 2)))
+    last = min(last, first + 40)
+    middle = draw(
+        st.sampled_from(["", text[first:last] * 2, "\t", "&a [*a]", "!!python/object:os.system x"])
+        | st.text(max_size=10)
+    )
+    return text[:first] + middle + text[last:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("mutated")
+    shutil.copy(Path(__file__).parent / "plugged_in.py", folder)
+    return folder
+
+
+def judge(folder: Path, text: str, *arguments: str) -> str:
+    """Call `fedinit run` on a file up to where Ray would start; return what it says on stderr."""
+
+    def here(*_args, **_named):
+        raise RequestError("everything is right")
+
+    file, out = folder / "experiment.yaml", folder / "out"
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("experiments.running.Workers", here)
+        result = CliRunner().invoke(app, ["run", str(file), "--out", str(out), *arguments])
+    told = f"{result.exception!r} of {text[:2000]!r}"
+    assert result.exception is None or isinstance(result.exception, SystemExit), told
+    assert result.exit_code == (0 if "--dry-run" in arguments and not result.stderr else 2), told
+    assert len(result.stderr.splitlines()) <= 1, result.stderr
+    assert not out.exists()
+    return result.stderr
+
+
+FREELY = settings(
+    max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+
+
+def test_the_file_is_valid(folder):
+    assert judge(folder, yaml.safe_dump(VALID)) == "fedinit: everything is right\n"
+
+
+@FREELY
+@given(text=mutated())
+def test_mutations_end_in_one_line(text, folder):
+    assert judge(folder, text).startswith("fedinit: ")
+
+
+@FREELY
+@given(text=mutated())
+def test_mutations_are_listed_or_end_in_one_line(text, folder):
+    judge(folder, text, "--dry-run")
+
+
+@FREELY
+@given(text=garbled())
+@example(text="")
+@example(text="\x00")
+@example(text="\ud800")
+@example(text="a: &a [*a]")
+@example(text="[" * 5000)
+@example(text="{a: " * 5000)
+@example(text="seed: " + "9" * 5000)
+@example(text="? {a: b}\n: c")
+@example(text="<<: [1]")
+@example(text="!!python/object/apply:os.abort []")
+@example(text="a: &x {b: 1}\n" + "".join(f"c{n}: *x\n" for n in range(9)))
+def test_garbled_text_ends_in_one_line(text, folder):
+    assert judge(folder, text).startswith("fedinit: ")
