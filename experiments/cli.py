@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from fedinit.errors import RequestError, WriteError, unknown
+from fedinit.errors import RequestError, WriteError, one_line, unknown
 
 if TYPE_CHECKING:
     from fedinit.experiment_file import Experiment
@@ -40,10 +40,11 @@ def _one_line(command: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return command(*args, **kwargs)
         except RequestError as error:
-            print(f"fedinit: {error}", file=sys.stderr)
+            print(f"fedinit: {one_line(error)}", file=sys.stderr)
             raise typer.Exit(WRONG_REQUEST) from None
         except WriteError as error:
-            print(f"fedinit: cannot write {error}; what is there is whole", file=sys.stderr)
+            told = f"fedinit: cannot write {one_line(error)}; what was written before is whole"
+            print(told, file=sys.stderr)
             raise typer.Exit(FAILED) from None
         except KeyboardInterrupt:
             raise typer.Exit(STOPPED) from None

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from fedinit.statistics import Spread
+from fedinit.wording import cell
 
 WIDTH = 4.2  # inches
 # Okabe and Ito's palette for colour-blind readers, less its black and yellow and with a lighter
@@ -135,7 +136,7 @@ def to_csv(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(header)
     for row in rows:
-        writer.writerow([None if value != value else value for value in row])  # noqa: PLR0124
+        writer.writerow([None if value != value else cell(value) for value in row])  # noqa: PLR0124
     return table.getvalue()
 
 

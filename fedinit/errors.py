@@ -13,8 +13,9 @@ class WriteError(Exception):
 
 
 def one_line(error: object) -> str:
-    """Return an error's text on one line."""
-    return " ".join(str(error).split())
+    """Return an error's text on one line, without what would move a terminal's cursor."""
+    text = " ".join(str(error).split())
+    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
 
 
 def named(error: BaseException) -> str:

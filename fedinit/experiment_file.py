@@ -24,6 +24,7 @@ from fedinit.config import FREE_FORM, Run, dotted_keys, get, make_run
 from fedinit.errors import RequestError, one_line, unknown
 
 LONGEST = 150  # characters of a run's name
+_MOST_VALUES = 1_000_000  # in a file
 
 
 class Experiment(BaseModel):
@@ -57,9 +58,23 @@ _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 def parse_value(text: str) -> Any:
     """Read one YAML value, as `--set key=value` gives it."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return _read(text)
     except _NOT_YAML as error:
         raise RequestError(f"'{text}' is not a YAML value: {one_line(error)}") from None
+
+
+def _read(text: str) -> Any:
+    """Read YAML; refuse aliases of aliases that stand for more than a file can hold."""
+    content = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    waiting, seen = [content], 0
+    while waiting:
+        each = waiting.pop()
+        seen += 1
+        if isinstance(each, dict | list):
+            waiting += each.values() if isinstance(each, dict) else each
+        if seen > _MOST_VALUES:
+            raise ValueError(f"it stands for over {_MOST_VALUES} values")
+    return content
 
 
 def override(text: str) -> tuple[str, Any]:
@@ -81,7 +96,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         RequestError: the file cannot be read, or holds something else.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
+        content = _read(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}") from None
     except _NOT_YAML as error:

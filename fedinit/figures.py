@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from fedinit.drawing import INK, PALETTE, Drawing, band, canvas, colours, dashes, percent, to_csv
+from fedinit.errors import one_line
 from fedinit.results import DIVERGED, RunFolder
 from fedinit.statistics import Spread
 
@@ -63,7 +64,7 @@ def label(row: dict[str, Any], keys: list[str]) -> str:
 
 def shorten(value: Any) -> str:
     """Return a setting's value on one short line; of a long path the end is kept."""
-    text = " ".join(str(value).split())
+    text = one_line(value)
     return text if len(text) <= _LONGEST else f"\N{HORIZONTAL ELLIPSIS}{text[1 - _LONGEST :]}"
 
 

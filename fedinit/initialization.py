@@ -5,6 +5,7 @@ are read into it. So both arms of a pair have the same head wherever the head is
 """
 
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -138,6 +139,19 @@ def metadata(path: Path) -> dict[str, Any]:
         return {}  # somebody else's, under our name
 
 
+def _check_sizes(path: Path) -> None:
+    """Refuse a checkpoint of torch's that unpacks to more than it is: torch itself packs nothing.
+
+    Raises:
+        ValueError: it does.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(each.file_size for each in archive.infolist())
+        if claimed > path.stat().st_size:
+            raise ValueError(f"it claims {claimed} bytes and has {path.stat().st_size}")
+
+
 def read_weights(path: Path) -> Mapping[str, Tensor]:
     """Read named tensors; nothing in the file is ever run.
 
@@ -148,6 +162,7 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
         if path.suffix == ".safetensors":
             weights = load_file(path)
         else:
+            _check_sizes(path)
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise RequestError(f"initialization: {path}: no such file") from None

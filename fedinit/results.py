@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save
 from fedinit.config import Run, get, make_run, to_yaml
 from fedinit.errors import RequestError, WriteError, one_line
 from fedinit.experiment_file import Experiment, read_settings
+from fedinit.wording import cell
 
 SUMMARY = "summary.json"
 DONE, DIVERGED, FAILED, UNFINISHED = "done", "diverged", "failed", "unfinished"
@@ -297,7 +298,7 @@ def summarize(folder: Path, experiment: Experiment) -> dict[str, Any]:
     table = io.StringIO()
     writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: cell(value) for key, value in row.items()} for row in rows)
     write_atomically(folder / "summary.csv", table.getvalue().encode())
     return summary
 
@@ -310,11 +311,19 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """
     path = folder / SUMMARY
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        summary = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise RequestError(f"{folder}: no results here ({SUMMARY} is missing)") from None
     except ValueError as error:
         raise RequestError(f"{path} is not JSON: {error}") from None
+    try:
+        needed = {"run", "status", "rounds_done", "error", *summary["varied"]}
+        complete = "name" in summary and all(needed <= row.keys() for row in summary["runs"])
+    except (KeyError, TypeError, AttributeError):
+        complete = False
+    if not complete:
+        raise RequestError(f"{path} is no summary of runs")
+    return summary
 
 
 def _summary_row(folder: Path, label: str, varied: list[str], run: Run) -> dict[str, Any]:

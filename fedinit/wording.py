@@ -9,6 +9,11 @@ MISSING = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 
 
+def cell(value: Any) -> Any:
+    """Return what a CSV holds for a value: no text that a spreadsheet would carry out."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(tuple("=+-@\t\r")) else value
+
+
 def left_out(rows: Iterable[Mapping[str, Any]]) -> str | None:
     """Say which of a summary's runs diverged, and that no mean has them; None if none did."""
     diverged = [
