@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 from rich.console import Console
@@ -31,8 +32,8 @@ class Progress:
                 task = bar.add_task("", total=rounds, score="")
                 yield lambda line: self._live(line, bar, task)
         else:
-            since = time.perf_counter()
-            yield lambda line: self._plain(line, rounds, since)
+            since, first = time.perf_counter(), count()
+            yield lambda line: self._plain(line, rounds, since, next(first))
 
     @contextmanager
     def arm(self, label: str, trials: int) -> Iterator[Callable[[int, str], None]]:
@@ -87,11 +88,12 @@ class Progress:
         if line["test_loss"] is not None:
             bar.update(task, score=_score(line))
 
-    def _plain(self, line: dict[str, Any], rounds: int, since: float) -> None:
+    def _plain(self, line: dict[str, Any], rounds: int, since: float, earlier: int) -> None:
+        """Say how x scores; `earlier` rounds have been shown, fewer than done where it went on."""
         if line["test_loss"] is None:
             return
         done = line["round"]
-        left = (time.perf_counter() - since) * (rounds - done) / done if done else None
+        left = (time.perf_counter() - since) * (rounds - done) / earlier if earlier else None
         text = f"  round {done}/{rounds}  {_score(line)}"
         self._say(text + (f"  {left:.0f} s left" if left is not None else ""))
 

@@ -84,11 +84,11 @@ class Recorder:
             **({"test_perplexity": _perplexity(tested)} if self._sequences else {}),
             "wall_seconds": round(now - self._since, 4),
         }
-        if server_round == 0:
-            line |= initial_curvature(self._prepared)
         not_finite = self._not_finite(line, arrays)
         if not_finite:
             line["diverged"] = not_finite
+        elif server_round == 0:
+            line |= initial_curvature(self._prepared)
         self._since = time.perf_counter()
         self._record(line, arrays)
         if not_finite:

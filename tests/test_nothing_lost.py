@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from experiments.resuming import results_folder
 from experiments.running import execute
 from experiments.wiring import Datasets, simulation
 from fedinit.config import make_run
+from fedinit.locking import locked
 from fedinit.results import RunFolder, read_summary
 from fedinit.simulation import Workers
 
@@ -148,6 +150,8 @@ def test_kills_at_random_moments(whole, fedinit, tmp_path):
                     time.sleep(draw.uniform(0, 10))
                 finished = process.poll() is not None
             kills += not finished
+            if lines_written(out):
+                assert [row["run"] for row in read_summary(out)["runs"]] == RUNS
         result = fedinit("run", file, "--out", out, "--resume")
         failed += result.exit_code != 0 or outcome(out) != expected
     print(f"kills: {kills}, failed: {failed}")
@@ -210,6 +214,31 @@ def test_a_second_process_is_refused(fedinit, experiment, tmp_path):
             assert result.exit_code == 2, result.output
             line = f"fedinit: --out {out}: another fedinit is at work there"
             assert result.stderr.splitlines() == [line]
+
+
+def test_of_two_processes_one_trains_a_proxy(fedinit, experiment, tmp_path, monkeypatch):
+    """The other one waits, and then finds it trained."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    proxy = {"dataset": "plugged_in:gaussians", "epochs": 1}
+    file = experiment(
+        {key: value for key, value in SWEEP.items() if key != "grid"}
+        | {"initialization": "proxy", "proxy": proxy}
+    )
+    with ThreadPoolExecutor(1) as threads:
+        trained = fedinit("pretrain", file)
+        assert trained.exit_code == 0, trained.output
+        path = Path(trained.stdout.splitlines()[-1])
+        weights = path.read_bytes()
+        path.unlink()
+        with locked(path.with_suffix(".lock"), lambda: pytest.fail("the lock was left behind")):
+            waiting = threads.submit(fedinit, "pretrain", file)
+            time.sleep(1)
+            assert not waiting.done()
+            path.write_bytes(weights)
+        result = waiting.result(timeout=60)
+    assert "another fedinit does it; waiting" in result.stdout
+    assert result.stdout.splitlines()[-1] == str(path)
+    assert path.read_bytes() == weights
 
 
 def test_a_changed_setting_is_named(fedinit, experiment, ray_started, tmp_path):
