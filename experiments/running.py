@@ -18,9 +18,10 @@ from flwr.serverapp import Grid
 from experiments.progress import Progress
 from experiments.proxies import check, train_missing
 from experiments.studies import check_study
-from experiments.wiring import Datasets, Simulation, simulation
+from experiments.wiring import SETTLED, Datasets, Simulation, simulation
 from fedinit.cohort import ARRAYS, METRICS, CohortSums
 from fedinit.config import Run
+from fedinit.device import device
 from fedinit.errors import RequestError, named
 from fedinit.experiment_file import Experiment
 from fedinit.measurements.hessian import top_hessian_eigenvalues
@@ -233,12 +234,12 @@ def initial_curvature(prepared: Simulation) -> dict[str, float | int]:
         return {}
 
     rows = keyed(Draw.SAMPLE, run.seed).permutation(len(problem.dataset))[: run.measure.hessian]
-    batches = [
-        problem.dataset.batch(rows[at : at + _HESSIAN_BATCH])
-        for at in range(0, len(rows), _HESSIAN_BATCH)
-    ]
+    batches = []
+    for at in range(0, len(rows), _HESSIAN_BATCH):
+        inputs, targets = problem.dataset.batch(rows[at : at + _HESSIAN_BATCH])
+        batches.append((inputs.to(device()), targets.to(device())))
     top = top_hessian_eigenvalues(
-        problem.model, problem.loss, batches, run.seed, _HESSIAN_TOLERANCE
+        problem.model.to(device()), problem.loss, batches, run.seed, _HESSIAN_TOLERANCE
     )
     return {f"hessian_{name}": value for name, value in asdict(top).items()}
 
@@ -326,7 +327,9 @@ def _check_folder(experiment: Experiment, out: Path, resume: bool) -> None:
 
 
 def _as_begun(run: Run, path: Path) -> Run:
-    """Return the run as an earlier call settled it: one memory format from its begin to its end."""
-    if run.memory_format != "auto" or not (path / "run.yaml").exists():
+    """Return the run as an earlier call settled it: from its begin to its end it is one run."""
+    if not (path / "run.yaml").exists():
         return run
-    return run.model_copy(update={"memory_format": RunFolder(path).run.memory_format})
+    begun = RunFolder(path).run
+    auto = [name for name in SETTLED if getattr(run, name) == "auto"]
+    return run.model_copy(update={name: getattr(begun, name) for name in auto})

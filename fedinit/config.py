@@ -132,6 +132,7 @@ class Run(Strict):
     measure: Measure = Measure()
     workers: PositiveInt | Literal["auto"] = "auto"
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    together: PositiveInt | Literal["auto"] = "auto"
 
 
 FREE_FORM = ("dataset_args", "model_args", "loss_args", "strategy_args")
