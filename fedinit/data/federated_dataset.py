@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,8 @@ class FederatedDataset:
     def on(self, device: torch.device) -> "FederatedDataset":
         """Return the same data set, its batches on a device.
 
-        On a GPU the rows lie there too if they take at most half of its free memory; otherwise they
-        stay where they are, and each batch is moved.
+        On a GPU the rows lie there too if they take at most half of its free memory and fit into
+        this process's share; otherwise they stay where they are, and each batch is moved.
         """
         if device == self.device:
             return self
@@ -148,7 +149,8 @@ class FederatedDataset:
         moved.device = device
         columns = [self.__dict__[name] for name in _COLUMNS]
         if 2 * sum(each.numel() * each.element_size() for each in columns) <= free_bytes():
-            moved.__dict__ |= {name: self.__dict__[name].to(device) for name in _COLUMNS}
+            with suppress(torch.OutOfMemoryError):
+                moved.__dict__ |= {name: self.__dict__[name].to(device) for name in _COLUMNS}
         return moved
 
     def save(self, folder: Path) -> None:

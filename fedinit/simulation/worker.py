@@ -78,7 +78,9 @@ class Worker:
         torch.set_num_threads(1)  # two threads of one process contend; processes do not
         torch.set_flush_denormal(True)
         share = ray.get_runtime_context().get_assigned_resources().get("GPU", 0)
-        if 0 < share < 1:  # what one worker measures alone must fit when all of them work
+        if (
+            0 < share < 1 and torch.cuda.is_available()
+        ):  # what one worker measures alone must fit when all of them work
             torch.cuda.set_per_process_memory_fraction(0.9 * share)
         claim_identity()
         self._app = ClientApp()
@@ -182,7 +184,7 @@ def _failed(nodes: Sequence[int], error: Exception) -> Answer:
     where = traceback.extract_tb(error.__traceback__)[-1]
     failure = f"{named(error)} ({where.filename}:{where.lineno})"
     if others := ", ".join(map(str, nodes[1:])):
-        failure += f"; trained as one with clients {others}"
+        failure += f"; trained as one with client {others}"
     return Answer(nodes[0], None, failure, None)
 
 
