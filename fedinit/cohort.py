@@ -130,7 +130,7 @@ class CohortSums:
             self._sum_waiting()
             self._sent, self._start = start, start.to(trained.weights.device)
         self._waiting.append((trained.weights, weight - self._own.first_weight))
-        if trained.weights.device.type == "cuda":
+        if trained.weights.is_cuda:
             if len(start) * len(self._waiting) >= _GPU_BLOCK:
                 self._sum_waiting()
         elif len(start) <= _BLOCK:
@@ -168,13 +168,15 @@ class CohortSums:
             return
         vectors, unequal = zip(*self._waiting, strict=True)
         self._waiting = []
-        on = self._start.device
-        width = max(1, (_GPU_BLOCK if on.type == "cuda" else _BLOCK) // len(vectors))
-        buffer = torch.empty((len(vectors), width), dtype=torch.float64, device=on)
+        on, on_gpu = self._start.device, self._start.is_cuda
+        width = max(1, (_GPU_BLOCK if on_gpu else _BLOCK) // len(vectors))
+        buffer = torch.empty((len(vectors), 0 if on_gpu else width), dtype=torch.float64)
         blocks = list(zip(*(each.split(width) for each in (self._start, *vectors)), strict=True))
 
         def updates(block: Sequence[Tensor]) -> Tensor:
             start, *ends = block
+            if on_gpu:  # three launches, not one for each vector
+                return torch.sub(start, torch.stack(ends)).double()
             for row, end in zip(buffer, ends, strict=True):
                 torch.sub(start, end, out=row[: len(end)])
             return buffer[:, : len(start)]
