@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from experiments.progress import Progress
-from experiments.wiring import Datasets, problem_of, simulation, try_out
+from experiments.wiring import Datasets, check_together, problem_of, simulation, try_out
 from fedinit.config import Run
 from fedinit.pretraining import pretrain, proxy_path, proxy_run
 from fedinit.problem import build_problem
@@ -19,7 +19,9 @@ def check(run: Run, datasets: Datasets) -> None:
     if run.initialization != "proxy" or proxy_path(run).exists():
         simulation(run, datasets)
         return
-    try_out(run, problem_of(run, datasets))
+    problem = problem_of(run, datasets)
+    try_out(run, problem)
+    check_together(run, problem)
     like = proxy_run(run)
     try_out(like, build_problem(like, datasets.load(like)))
 

@@ -140,8 +140,7 @@ def simulation(run: Run, datasets: Datasets) -> Simulation:
     problem = problem_of(run, datasets)
     record = initialize(run, problem)
     try_out(run, problem)
-    if run.together not in (1, "auto") and (reason := obstacle(problem)):
-        raise RequestError(f"together: {run.together} clients of '{run.model}' as one: {reason}")
+    check_together(run, problem)
     strategy = make_strategy(run, problem)
     if run.client.optimizer in NEED_FEDOPT and not isinstance(strategy, FedOpt):
         raise RequestError(f"client.optimizer: {run.client.optimizer} needs strategy fedopt")
@@ -277,6 +276,16 @@ def _together(run: Run, share: int, *shipped: ray.ObjectRef) -> int:
         return 1
     problem = _worker_problem(run, *shipped).on(device())
     return fastest_together(problem, run, MEMORY_FORMATS[run.memory_format], share)
+
+
+def check_together(run: Run, problem: Problem) -> None:
+    """Check that the model's clients can be trained as one, if that is asked for.
+
+    Raises:
+        RequestError: they cannot.
+    """
+    if run.together not in (1, "auto") and (reason := obstacle(problem)):
+        raise RequestError(f"together: {run.together} clients of '{run.model}' as one: {reason}")
 
 
 def try_out(run: Run, problem: Problem) -> None:

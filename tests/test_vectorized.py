@@ -2,15 +2,23 @@
 
 import itertools
 import json
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
+from clients import client_optimizers, local_training, vectorized
+from clients.client_optimizers import ServerState
+from experiments.wiring import Datasets, simulation
 from fedinit.config import make_run
+from fedinit.data import federated_dataset
 from fedinit.device import device
+from fedinit.parameters import Array
 from fedinit.problem import build_problem, load_dataset
 from fedinit.registry import add_to_path
 from fedinit.results import RunFolder
+from strategies import SERVER_OPTIMIZERS
 from tests.conftest import HERE
 from tests.plugged_in import UNEQUAL
 from tests.test_simulation import difference, numbers
@@ -69,17 +77,17 @@ def test_every_client_optimizer_trains_many_clients_as_it_trains_one(settings, f
 def test_replies_of_single_clients_come_from_groups_too(finals):
     """Flower's FedAvg gets one reply for each client. Without a GPU `auto` is one by one."""
     flower = {"strategy": "flwr.serverapp.strategy:FedAvg", "server": {}}
-    auto, three = finals(TEXTS | flower | {"grid": {"together": ["auto", 3]}}).values()
-    same(auto, three)
+    runs = finals(TEXTS | flower | {"grid": {"together": ["auto", 3]}})
+    same(runs["together=auto"], runs["together=3"])
     if not torch.cuda.is_available():
-        assert RunFolder(auto).run.together == 1
+        assert RunFolder(runs["together=auto"]).run.together == 1
 
 
 def test_bounds_stragglers_and_the_unused_parameter_are_at_work(finals):
     """What the equality above rests on: each setting changes the weights."""
     changes = {"client.max_grad_norm": [0.5, 9.0], "stragglers.fraction": [0.5, 0.0]}
     runs = list(finals(TEXTS | {"grid": changes, "together": 3}).values())
-    for one, other in itertools.pairwise(runs):
+    for one, other in itertools.combinations(runs, 2):
         assert difference(one, other) > 1e-4
     assert RunFolder(runs[0]).weights["unused"].tolist() == [1, 1, 1]  # not decayed
 
@@ -118,6 +126,33 @@ def test_a_group_that_fails_names_its_clients(fedinit, experiment, ray_started, 
     [run] = json.loads((tmp_path / "out" / "summary.json").read_text())["runs"]
     assert "client 2 failed to train: ValueError: thirteen" in run["error"]
     assert run["error"].endswith("trained as one with client 3")
+
+
+@pytest.mark.parametrize("settings", [IMAGES, TEXTS], ids=["images", "texts"])
+def test_training_lies_on_one_device_and_waits_for_nothing_there(settings, monkeypatch):
+    """On the meta device, where there are no values, a tensor from elsewhere is refused, and so is
+    whoever reads one: no step, no full gradient of any client optimizer does, alone or as one.
+    """
+    add_to_path([str(HERE)])
+    elsewhere = torch.device("meta")
+    for module in (local_training, vectorized, client_optimizers):
+        monkeypatch.setattr(module, "device", lambda: elsewhere)
+    monkeypatch.setattr(federated_dataset, "free_bytes", lambda: 1 << 40)
+    run = make_run(settings)
+    prepared = simulation(run, Datasets())
+    workspace = local_training.Workspace(prepared.problem, torch.contiguous_format)
+    workspace.load(prepared.arrays)
+    size = len(prepared.problem.layout.flatten(prepared.arrays))
+    state = {"momentum_buffer": Array(np.zeros(size, np.float32))}
+    server = ServerState(partial(SERVER_OPTIMIZERS["momentum"], settings=run.server), state)
+    as_one = run.model_copy(update={"together": len(UNEQUAL)})
+    [everybody] = vectorized.groups(as_one, np.array(UNEQUAL), 1, range(len(UNEQUAL)))
+    for name in CLIENTS:
+        for group in ([0], everybody):
+            training = vectorized.make_training(workspace, run, 1, group)
+            update = client_optimizers.CLIENT_OPTIMIZERS[name](training, server)
+            assert update.weights.is_meta
+            assert update.weights.numel() == len(group) * size
 
 
 @needs_gpu
