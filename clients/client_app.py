@@ -4,20 +4,20 @@ It keeps Flower's convention (`arrays` and `config` in; `arrays` and `metrics` w
 out), so it serves any Flower strategy; and it runs under RayGrid and under Flower's own runtime.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from clients.client_optimizers import CLIENT_OPTIMIZERS, OptimizerFactory, ServerState
-from clients.local_training import LocalTraining, Workspace
+from clients.client_optimizers import CLIENT_OPTIMIZERS, OptimizerFactory, ServerState, per_client
+from clients.local_training import Workspace
 from clients.memory_format import MEMORY_FORMATS
+from clients.vectorized import groups, make_training
 from fedinit.cohort import ARRAYS, METRICS, Trained
 from fedinit.config import Run
 from fedinit.measurements.evaluation import evaluate
-from fedinit.parameters import Array
 from fedinit.problem import Problem
 
 CONFIG, SERVER_STATE = "config", "server-state"
@@ -27,15 +27,22 @@ _EVALUATION_BATCH = 128
 class LocalClientApp(ClientApp):
     """A ClientApp whose training can also be had without a message.
 
+    RayGrid's workers ask it directly: what Flower needs for a message, the records and their
+    checks, is a tenth of a small client's update; and clients of one share can be trained as one.
+
     Attributes:
-        train_client: maps a train message's content and a client to what the client makes of it.
-            RayGrid's workers call it where they answer for their whole share: what Flower needs for
-            a message, the records and their checks, is a tenth of a small client's update.
+        groups: deals the clients of a train message's content to groups that are trained as one.
+        train_group: maps such a content and a group to what each of its clients makes of it.
     """
 
-    def __init__(self, train_client: Callable[[RecordDict, int], Trained]) -> None:
+    def __init__(
+        self,
+        groups: Callable[[RecordDict, Sequence[int]], list[list[int]]],
+        train_group: Callable[[RecordDict, Sequence[int]], list[Trained]],
+    ) -> None:
         super().__init__()
-        self.train_client = train_client
+        self.groups = groups
+        self.train_group = train_group
 
 
 def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory) -> LocalClientApp:
@@ -54,33 +61,27 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
     # `auto` is settled before RayGrid's workers start; Flower's runtime has nobody to settle it.
     memory_format = MEMORY_FORMATS.get(run.memory_format, torch.contiguous_format)
     workspace = Workspace(problem, memory_format)
+    problem = workspace.problem
     # The scores of a sequence are one for each token and word: hundreds of megabytes for 128 rows.
     size = run.client.batch_size if problem.dataset.has_sequences else _EVALUATION_BATCH
     client_optimizer = CLIENT_OPTIMIZERS[run.client.optimizer]
 
-    def train_client(content: RecordDict, client: int) -> Trained:
+    def deal(content: RecordDict, clients: Sequence[int]) -> list[list[int]]:
+        return groups(run, problem.dataset.owners.sizes, _server_round(content), clients)
+
+    def train_group(content: RecordDict, clients: Sequence[int]) -> list[Trained]:
         workspace.load(content[ARRAYS])  # type: ignore[arg-type]
-        config = content.get(CONFIG)
-        if not isinstance(config, ConfigRecord) or "server-round" not in config:
-            raise ValueError("the message's config has no 'server-round', which keys the shuffles")
-        server_round = int(config["server-round"])  # type: ignore[arg-type]
-        training = LocalTraining(workspace, run, server_round, client)
+        training = make_training(workspace, run, _server_round(content), clients)
         state = content.get(SERVER_STATE)
         server = ServerState(base_optimizer, state) if isinstance(state, ArrayRecord) else None
-        update = client_optimizer(training, server)
-        metrics = {**training.metrics(), **update.metrics}
-        return Trained(update.weights, metrics, workspace.rest(), update.extra)
+        return per_client(training, client_optimizer(training, server), workspace.rest())
 
-    app = LocalClientApp(train_client)
+    app = LocalClientApp(deal, train_group)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        trained = train_client(message.content, _client(context))
-        arrays = problem.layout.record(trained.weights, trained.rest)
-        content = RecordDict({ARRAYS: arrays, METRICS: MetricRecord(dict(trained.metrics))})
-        for name, values in trained.extra.items():
-            content[name] = ArrayRecord({key: Array(v.numpy()) for key, v in values.items()})
-        return Message(content, reply_to=message)
+        [trained] = train_group(message.content, [_client(context)])
+        return Message(trained.content(problem.layout), reply_to=message)
 
     def evaluated(message: Message, batches: Iterator[tuple[Tensor, Tensor]]) -> Message:
         workspace.load(message.content[ARRAYS])  # type: ignore[arg-type]
@@ -109,6 +110,13 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
         )
 
     return app
+
+
+def _server_round(content: RecordDict) -> int:
+    config = content.get(CONFIG)
+    if not isinstance(config, ConfigRecord) or "server-round" not in config:
+        raise ValueError("the message's config has no 'server-round', which keys the shuffles")
+    return int(config["server-round"])  # type: ignore[arg-type]
 
 
 def _client(context: Context) -> int:

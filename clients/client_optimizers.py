@@ -1,5 +1,8 @@
 """What a client does to turn x into y: five ways, each a small function.
 
+Each is written once, for a client trained alone and for clients trained as one: all of it is
+elementwise, so that arrays may have a first dimension, that of the clients.
+
 sgd      mini-batch SGD (McMahan et al. 2017, FedAvg)
 gd       no local steps: the update is the full-batch gradient (FedSGD with server sgd)
 proximal SGD on F_i(y) + mu/2 ||y - x||^2 (Li et al. 2020, FedProx, eq. 2)
@@ -7,7 +10,7 @@ nova     SGD; the mean is of updates divided by the local work (Wang et al. 2020
 mimelite SGD steps with the server's optimizer state, frozen (Karimireddy et al. 2020, MimeLite)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,21 +19,53 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 
 from clients.local_training import LocalTraining
-from fedinit.cohort import LOCAL_NORM
+from clients.vectorized import GroupTraining
+from fedinit.cohort import LOCAL_NORM, Trained
 from fedinit.config import Client
+from fedinit.device import device
 from fedinit.parameters import tensor
 
 # The base optimizer of a mimelite client: the server's own, at the client's rate.
 OptimizerFactory = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 
 
+Training = LocalTraining | GroupTraining
+
+
 @dataclass
 class Update:
-    """What a client sends back: trained weights, metrics beside the usual ones, further arrays."""
+    """What clients send back: trained weights, metrics beside the usual ones, further arrays.
+
+    Attributes:
+        weights: y (size,) of a client trained alone, or (clients, size); `extra` likewise.
+        metrics: a value for each client.
+    """
 
     weights: Tensor
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
     extra: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+def per_client(training: Training, update: Update, rest: Mapping[str, Tensor]) -> list[Trained]:
+    """Return what each client of a training makes of x; the arrays that are not trained are alike.
+
+    Args:
+        training: the training that is done.
+        update: what the client optimizer made of it.
+        rest: the model's arrays outside the vector.
+    """
+    return [
+        Trained(
+            training.own(update.weights, place),
+            metrics | {name: values[place] for name, values in update.metrics.items()},
+            rest,
+            {
+                name: {key: training.own(value, place) for key, value in arrays.items()}
+                for name, arrays in update.extra.items()
+            },
+        )
+        for place, metrics in enumerate(training.metrics())
+    ]
 
 
 @dataclass(frozen=True)
@@ -41,16 +76,16 @@ class ServerState:
     state: ArrayRecord
 
 
-ClientOptimizer = Callable[[LocalTraining, ServerState | None], Update]
+ClientOptimizer = Callable[[Training, ServerState | None], Update]
 
 
-def sgd(training: LocalTraining, _server: ServerState | None) -> Update:
+def sgd(training: Training, _server: ServerState | None) -> Update:
     """Mini-batch SGD with the client's momentum and weight decay, fresh each round."""
     training.descend(_sgd_step(training))
     return Update(training.workspace.weights())
 
 
-def gd(training: LocalTraining, _server: ServerState | None) -> Update:
+def gd(training: Training, _server: ServerState | None) -> Update:
     """Return y = x - g with g the full-batch gradient at x; no client rate, no local epochs.
 
     y is rounded to the model's dtype, as any client's is: in float32 an entry of g far below 1e-7
@@ -59,21 +94,21 @@ def gd(training: LocalTraining, _server: ServerState | None) -> Update:
     return Update(training.workspace.start - training.full_gradient())
 
 
-def proximal(training: LocalTraining, _server: ServerState | None) -> Update:
+def proximal(training: Training, _server: ServerState | None) -> Update:
     """SGD on the loss and mu/2 ||y - x||^2; the bound on the gradient norm is on the loss's."""
     training.descend(_sgd_step(training, training.run.client.mu))
     return Update(training.workspace.weights())
 
 
-def nova(training: LocalTraining, _server: ServerState | None) -> Update:
+def nova(training: Training, _server: ServerState | None) -> Update:
     """SGD (proximal when mu > 0) that tells a_i: the mean is of D_i / a_i, times the mean a_i."""
     settings = training.run.client
     training.descend(_sgd_step(training, settings.mu))
-    norm = accumulated_norm(settings, training.steps)
-    return Update(training.workspace.weights(), {LOCAL_NORM: norm})
+    norms = [accumulated_norm(settings, steps) for steps in training.steps]
+    return Update(training.workspace.weights(), {LOCAL_NORM: norms})
 
 
-def mimelite(training: LocalTraining, server: ServerState | None) -> Update:
+def mimelite(training: Training, server: ServerState | None) -> Update:
     """Steps of the server's optimizer from its frozen state; also the full-batch gradient at x."""
     if server is None:
         raise ValueError("mimelite clients need the server's optimizer state")
@@ -81,14 +116,18 @@ def mimelite(training: LocalTraining, server: ServerState | None) -> Update:
     gradient = training.full_gradient(count=False)  # the train metrics are of the local steps
     optimizer = server.optimizer(workspace.parameters)
     views = {
-        name: workspace.layout.views(value) if value.ndim else value
+        name: workspace.layout.views(value.to(device())) if value.ndim else value
         for name, value in ((name, tensor(array)) for name, array in server.state.items())
     }
 
     def frozen_step() -> None:
+        optimizer.param_groups[0]["params"] = workspace.parameters
+        optimizer.state.clear()
         for index, parameter in enumerate(workspace.parameters):
             optimizer.state[parameter] = {
-                name: (value[index] if isinstance(value, list) else value).clone()
+                name: (
+                    value[index].expand_as(parameter) if isinstance(value, list) else value
+                ).clone()
                 for name, value in views.items()
             }
         optimizer.step()
@@ -122,7 +161,7 @@ def accumulated_norm(settings: Client, steps: int) -> float:
     return distance
 
 
-def _sgd_step(training: LocalTraining, mu: float = 0.0) -> Callable[[], None]:
+def _sgd_step(training: Training, mu: float = 0.0) -> Callable[[], None]:
     """Return a step of SGD, d = g + mu (y - x) + decay y; v = momentum v + d; y -= lr v.
 
     torch.optim.SGD does the same; its bookkeeping is 5% of a small model's step.
@@ -144,7 +183,7 @@ def _sgd_step(training: LocalTraining, mu: float = 0.0) -> Callable[[], None]:
         if settings.momentum:
             for index in used:
                 velocities.setdefault(index, torch.zeros_like(workspace.parameters[index]))
-            velocity = [velocities[index] for index in used]
+            velocity = training.active([velocities[index] for index in used])
             torch._foreach_mul_(velocity, settings.momentum)
             torch._foreach_add_(velocity, directions)
             directions = velocity

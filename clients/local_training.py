@@ -1,6 +1,6 @@
 """The one training loop, on a model that is kept and reset in place for each client."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedinit.config import Run
+from fedinit.device import device
 from fedinit.measurements.evaluation import correct_predictions, count_targets, per_example
 from fedinit.problem import Problem
 from fedinit.randomness import Draw, keyed, torch_seed
@@ -31,18 +32,24 @@ def local_steps(run: Run, examples: int, server_round: int, client: int) -> int:
 
 
 class Workspace:
-    """A process's one model, kept in the memory format that it trains in.
+    """A process's one model, kept on its device and in the memory format that it trains in.
 
     Args:
-        problem: data set, model and loss.
+        problem: data set, model and loss; it is moved to the device.
         memory_format: of the model's convolutions; their inputs follow.
+
+    Attributes:
+        problem, layout: the problem, on the device, and its model's layout.
+        parameters: the model's trainable arrays, in the layout's order.
+        start: x, the vector that was loaded last.
     """
 
     def __init__(self, problem: Problem, memory_format: torch.memory_format) -> None:
-        self.problem = problem
+        self.problem = problem.on(device())
         self.layout = problem.layout
-        self.start = torch.empty(0)
+        self.start = self._received = torch.empty(0)
         self._start_views: list[Tensor] = []
+        self._start_rest: dict[str, Tensor] = {}
         problem.model.to(memory_format=memory_format)
         parameters = dict(problem.model.named_parameters())
         self.parameters: list[Tensor] = [parameters[name] for name in self.layout.trainable]
@@ -51,14 +58,16 @@ class Workspace:
 
     def load(self, arrays: flwr.app.ArrayRecord) -> None:
         """Reset the model to received weights x; `start` is x until the next load."""
-        start = self.layout.flatten(arrays)
-        if start is not self.start:
-            self.start, self._start_views = start, self.layout.views(start)
+        received = self.layout.flatten(arrays)
+        if received is not self._received:
+            self._received, self.start = received, received.to(device())
+            self._start_views = self.layout.views(self.start)
+            rest = self.layout.rest(arrays)
+            self._start_rest = {name: value.to(device()) for name, value in rest.items()}
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, self._start_views)
-        if self.fixed:
-            for name, value in self.layout.rest(arrays).items():
-                self.fixed[name].copy_(value)
+        for name, value in self._start_rest.items():
+            self.fixed[name].copy_(value)
 
     def weights(self) -> Tensor:
         """Return a copy of the trainable parameters as one vector."""
@@ -72,29 +81,40 @@ class Workspace:
         }
 
 
+def local_orders(
+    run: Run, server_round: int, client: int, rows: np.ndarray, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Yield a client's rows in the order of each of its local epochs."""
+    for _ in range(local_epochs(run, server_round, client)):
+        yield rng.permutation(rows) if run.client.shuffle else rows
+
+
 @dataclass
 class LocalTraining:
     """One client's local training in one round, from the weights that its workspace holds.
+
+    Its twin for many clients at once is `vectorized.GroupTraining`: what a client optimizer uses of
+    one the other has too, with what it returns for each client.
 
     Attributes:
         workspace: the model, loaded with x.
         run: the run's settings.
         server_round: the round, from 1.
         client: the client's position in the sorted ids.
-        steps: number of local steps done.
+        steps: number of local steps done, in a list of one client.
         examples_seen, targets_seen, loss_sum, correct: sums over every example visited, for the
-            train metrics.
+            train metrics; those from the device are read once, when it is done.
     """
 
     workspace: Workspace
     run: Run
     server_round: int
     client: int
-    steps: int = 0
+    steps: list[int] = field(default_factory=lambda: [0])
     examples_seen: int = 0
-    targets_seen: int = 0
-    loss_sum: float = 0.0
-    correct: float | None = 0.0
+    targets_seen: int | Tensor = 0
+    loss_sum: float | Tensor = 0.0
+    correct: int | Tensor | None = 0
     rows: np.ndarray = field(init=False)
     rng: np.random.Generator = field(init=False)
 
@@ -102,27 +122,26 @@ class LocalTraining:
         problem = self.workspace.problem
         self.rows = problem.dataset.owners.at(self.client)
         self.rng = keyed(Draw.LOCAL_TRAINING, self.run.seed, self.server_round, self.client)
+        seed = torch_seed(self.rng)
         # Not torch.manual_seed: without a GPU in use that keeps a stack trace for each call.
-        torch.default_generator.manual_seed(torch_seed(self.rng))
+        torch.default_generator.manual_seed(seed)
+        if device().type == "cuda":
+            torch.cuda.manual_seed(seed)
         if not problem.model.training:
             problem.model.train()
 
-    def batches(self) -> Iterator[np.ndarray]:
-        """Yield the rows of each batch of each local epoch; the last of an epoch may be small."""
-        size = self.run.client.batch_size
-        for _ in range(local_epochs(self.run, self.server_round, self.client)):
-            rows = self.rng.permutation(self.rows) if self.run.client.shuffle else self.rows
-            for first in range(0, len(rows), size):
-                yield rows[first : first + size]
-
     def descend(self, step: Callable[[], None]) -> None:
-        """Compute the gradients of each batch, bound their norm, and call `step`."""
-        for rows in self.batches():
-            self._clear_gradients()
-            self._losses(rows).mean().backward()
-            self._bound_gradients()
-            step()
-            self.steps += 1
+        """Compute the gradients of each batch, bound their norm, and call `step`.
+
+        The last batch of an epoch may be small.
+        """
+        for order in local_orders(self.run, self.server_round, self.client, self.rows, self.rng):
+            for rows in self._batches(order):
+                self._clear_gradients()
+                self._losses(rows).mean().backward()
+                self._bound_gradients()
+                step()
+                self.steps[0] += 1
 
     def full_gradient(self, count: bool = True) -> Tensor:
         """Return the gradient of the client's mean loss at the current weights, as one vector.
@@ -134,11 +153,11 @@ class LocalTraining:
                 metrics, in the model's buffers, or in the draws that follow.
         """
         self._clear_gradients()
-        size = self.run.client.batch_size
+        gpus = [device()] if device().type == "cuda" else []
         fixed = {} if count else {name: v.clone() for name, v in self.workspace.fixed.items()}
-        with nullcontext() if count else torch.random.fork_rng(devices=[]):
-            for first in range(0, len(self.rows), size):
-                losses = self._losses(self.rows[first : first + size], count)
+        with nullcontext() if count else torch.random.fork_rng(devices=gpus):
+            for rows in self._batches(self.rows):
+                losses = self._losses(rows, count)
                 (losses.sum() / len(self.rows)).backward()
         for name, value in fixed.items():
             self.workspace.fixed[name].copy_(value)
@@ -149,12 +168,23 @@ class LocalTraining:
         ]
         return torch.cat([each.reshape(-1) for each in gradients])
 
-    def metrics(self) -> dict[str, float]:
+    def active(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Return what belongs to the clients that take the present step: here there is but one."""
+        return tensors
+
+    def own(self, values: Tensor, _place: int) -> Tensor:
+        """Return what is the client's own."""
+        return values
+
+    def metrics(self) -> list[dict[str, float]]:
         """Return the client's examples and its means over every example visited."""
-        means = {"train-loss": self.loss_sum / self.examples_seen}
+        means = {"train-loss": float(self.loss_sum) / self.examples_seen}
         if self.correct is not None:
-            means["train-accuracy"] = self.correct / self.targets_seen
-        return {"num-examples": len(self.rows), **means}
+            means["train-accuracy"] = float(self.correct) / float(self.targets_seen)
+        return [{"num-examples": len(self.rows), **means}]
+
+    def _batches(self, order: np.ndarray) -> Sequence[Tensor]:
+        return torch.from_numpy(order).to(device()).split(self.run.client.batch_size)
 
     def _bound_gradients(self) -> None:
         bound = self.run.client.max_grad_norm
@@ -165,7 +195,7 @@ class LocalTraining:
         for parameter in self.workspace.parameters:
             parameter.grad = None
 
-    def _losses(self, rows: np.ndarray, count: bool = True) -> Tensor:
+    def _losses(self, rows: Tensor, count: bool = True) -> Tensor:
         """Return the loss of each row."""
         problem = self.workspace.problem
         inputs, targets = problem.dataset.batch(rows)
@@ -174,7 +204,7 @@ class LocalTraining:
         if count:
             self.examples_seen += len(rows)
             self.targets_seen += count_targets(targets)
-            self.loss_sum += losses.detach().sum().item()
+            self.loss_sum += losses.detach().sum().double()
             correct = correct_predictions(outputs, targets)
             self.correct = (
                 None if correct is None or self.correct is None else self.correct + correct

@@ -6,6 +6,7 @@ import time
 import torch
 from torch import nn
 
+from fedinit.device import synchronize
 from fedinit.measurements.evaluation import per_example
 from fedinit.problem import Problem
 
@@ -40,10 +41,12 @@ def fastest_memory_format(problem: Problem, batch_size: int) -> str:
     with torch.random.fork_rng(devices=[]):
         for repeat in range(_REPEATS):
             for name, model in models.items():
+                synchronize()
                 begun = time.perf_counter()
                 try:
                     model.to(memory_format=MEMORY_FORMATS[name])
                     per_example(problem.loss(model(inputs), targets), targets).mean().backward()
+                    synchronize()
                 except RuntimeError:
                     return "contiguous"
                 if repeat:  # the first warms up

@@ -121,7 +121,7 @@ def facts(run: Run, dataset: FederatedDataset) -> Table:
         f"mean {sizes.mean():.4g}",
     }
     if dataset.has_sequences:
-        rows["tokens to predict"] = f"{count_targets(dataset.targets):,}"
+        rows["tokens to predict"] = f"{int(count_targets(dataset.targets)):,}"
     if found is not None:
         rows["labels of a client"] = f"mean {found.distinct:.3g}"
         rows["label skew"] = f"{found.skew:.3f} (mean total variation distance; 0: alike)"

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from experiments.progress import Progress
-from experiments.wiring import Datasets, problem_of, simulation, try_out
+from experiments.wiring import Datasets, check_together, problem_of, simulation, try_out
 from fedinit.config import Run
 from fedinit.errors import RequestError
 from fedinit.locking import locked
@@ -23,7 +23,9 @@ def check(run: Run, datasets: Datasets) -> None:
     if run.initialization != "proxy" or proxy_path(run).exists():
         simulation(run, datasets)
         return
-    try_out(run, problem_of(run, datasets))
+    problem = problem_of(run, datasets)
+    try_out(run, problem)
+    check_together(run, problem)
     like = proxy_run(run)
     try_out(like, build_problem(like, datasets.load(like)))
 

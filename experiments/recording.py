@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 
 from experiments.wiring import Simulation
 from fedinit.cohort import ARRAYS, METRICS, CohortSums
+from fedinit.device import device
 from fedinit.measurements.hessian import top_hessian_eigenvalues
 from fedinit.randomness import Draw, keyed
 from fedinit.simulation import ClientError, RayGrid
@@ -133,12 +134,12 @@ def initial_curvature(prepared: Simulation) -> dict[str, float | int]:
         return {}
 
     rows = keyed(Draw.SAMPLE, run.seed).permutation(len(problem.dataset))[: run.measure.hessian]
-    batches = [
-        problem.dataset.batch(rows[at : at + _HESSIAN_BATCH])
-        for at in range(0, len(rows), _HESSIAN_BATCH)
-    ]
+    batches = []
+    for at in range(0, len(rows), _HESSIAN_BATCH):
+        inputs, targets = problem.dataset.batch(rows[at : at + _HESSIAN_BATCH])
+        batches.append((inputs.to(device()), targets.to(device())))
     top = top_hessian_eigenvalues(
-        problem.model, problem.loss, batches, run.seed, _HESSIAN_TOLERANCE
+        problem.model.to(device()), problem.loss, batches, run.seed, _HESSIAN_TOLERANCE
     )
     return {f"hessian_{name}": value for name, value in asdict(top).items()}
 

@@ -10,7 +10,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
-from experiments.wiring import Simulation
+from experiments.wiring import SETTLED, Simulation
 from fedinit.checkpoints import DamagedError, UnsavableError, decode, encode
 from fedinit.config import Run, difference
 from fedinit.errors import RequestError, named
@@ -186,7 +186,9 @@ def is_free(out: Path) -> bool:
 
 
 def as_begun(run: Run, path: Path) -> Run:
-    """Return the run as an earlier call settled it: one memory format from its begin to its end."""
-    if run.memory_format != "auto" or not (path / "run.yaml").exists():
+    """Return the run as an earlier call settled it: from its begin to its end it is one run."""
+    if not (path / "run.yaml").exists():
         return run
-    return run.model_copy(update={"memory_format": RunFolder(path).run.memory_format})
+    begun = RunFolder(path).run
+    auto = [name for name in SETTLED if getattr(run, name) == "auto"]
+    return run.model_copy(update={name: getattr(begun, name) for name in auto})

@@ -16,10 +16,12 @@ from flwr.serverapp.strategy import Strategy
 from clients import CLIENT_OPTIMIZERS, make_client_app
 from clients.client_optimizers import NEED_FEDOPT
 from clients.local_training import local_steps
-from clients.memory_format import fastest_memory_format, has_images
+from clients.memory_format import MEMORY_FORMATS, fastest_memory_format, has_images
+from clients.together import fastest_together, obstacle
 from fedinit import initialization
 from fedinit.config import Run
 from fedinit.data import FederatedDataset, partitioned, with_validation
+from fedinit.device import device
 from fedinit.errors import RequestError, named, unknown
 from fedinit.initialization import Initialization
 from fedinit.measurements.evaluation import evaluate
@@ -29,6 +31,7 @@ from fedinit.registry import call, resolve
 from fedinit.simulation import Failures, RayGrid, Workers
 from strategies import SERVER_OPTIMIZERS, FedOpt
 
+SETTLED = ("memory_format", "together")  # settings that a measurement replaces at the start
 STRATEGIES: dict[str, Callable[..., Strategy]] = {"fedopt": FedOpt}
 
 
@@ -73,22 +76,28 @@ class Simulation:
         return Failures(skip, self.problem.dataset.owners.ids)
 
     def settled(self, workers: Workers, datasets: Datasets) -> "Simulation":
-        """Return this run with `memory_format: auto` replaced by what a worker measured.
+        """Return this run with each `auto` of `SETTLED` replaced by what a worker measured.
 
         It is measured once for each model, shape of rows and batch size, so arms of a pair agree.
         """
         run = self.run
-        if run.memory_format != "auto":
-            return self
-        found = "contiguous"
-        if has_images(self.problem.model):
-            shape = tuple(self.problem.dataset.inputs.shape[1:])
-            work = [run.model, run.model_args, run.trainable, shape, run.client.batch_size]
-            found = workers.measure(
-                json.dumps(["memory_format", *work], sort_keys=True, default=str),
-                partial(_memory_format, *self._shipped(workers, datasets)),
-            )
-        return replace(self, run=run.model_copy(update={"memory_format": found}))
+        shape = tuple(self.problem.dataset.inputs.shape[1:])
+        work = [run.model, run.model_args, run.trainable, shape, run.client.batch_size]
+
+        def measured(run: Run, name: str, function: Callable[..., Any], *key: Any) -> Run:
+            text = json.dumps([name, *work, *key], sort_keys=True, default=str)
+            shipped = self._shipped(workers, datasets)[1:]
+            found = workers.measure(text, partial(function, run, *key, *shipped))
+            return run.model_copy(update={name: found})
+
+        if run.memory_format == "auto" and has_images(self.problem.model):
+            run = measured(run, "memory_format", _memory_format)
+        elif run.memory_format == "auto":
+            run = run.model_copy(update={"memory_format": "contiguous"})
+        if run.together == "auto":
+            share = -(-run.cohort // workers.number)
+            run = measured(run, "together", _together, share)
+        return replace(self, run=run)
 
     def grid(self, workers: Workers, datasets: Datasets) -> RayGrid:
         """Build the grid of this run on the given workers."""
@@ -138,6 +147,7 @@ def simulation(run: Run, datasets: Datasets) -> Simulation:
     problem = problem_of(run, datasets)
     record = initialize(run, problem)
     try_out(run, problem)
+    check_together(run, problem)
     strategy = make_strategy(run, problem)
     if run.client.optimizer in NEED_FEDOPT and not isinstance(strategy, FedOpt):
         raise RequestError(f"client.optimizer: {run.client.optimizer} needs strategy fedopt")
@@ -265,7 +275,25 @@ def _worker_app(run: Run, *shipped: ray.ObjectRef) -> ClientApp:
 
 
 def _memory_format(run: Run, *shipped: ray.ObjectRef) -> str:
-    return fastest_memory_format(_worker_problem(run, *shipped), run.client.batch_size)
+    problem = _worker_problem(run, *shipped).on(device())
+    return fastest_memory_format(problem, run.client.batch_size)
+
+
+def _together(run: Run, share: int, *shipped: ray.ObjectRef) -> int:
+    if device().type == "cpu":  # busy with one client as with many
+        return 1
+    problem = _worker_problem(run, *shipped).on(device())
+    return fastest_together(problem, run, MEMORY_FORMATS[run.memory_format], share)
+
+
+def check_together(run: Run, problem: Problem) -> None:
+    """Check that the model's clients can be trained as one, if that is asked for.
+
+    Raises:
+        RequestError: they cannot.
+    """
+    if run.together not in (1, "auto") and (reason := obstacle(problem)):
+        raise RequestError(f"together: {run.together} clients of '{run.model}' as one: {reason}")
 
 
 def try_out(run: Run, problem: Problem) -> None:

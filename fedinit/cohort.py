@@ -22,6 +22,7 @@ LOCAL_NORM = "local-norm"  # metric of a client whose update counts as D_i / a_i
 
 _BLOCK = 1 << 17  # elements of all vectors of a block: in float64 half of a core's cache
 _TOGETHER = 4  # long vectors that go through the sums together
+_GPU_BLOCK = 1 << 25  # likewise on a GPU, where a block costs its launches: 256 MiB in float64
 
 
 class Trained(NamedTuple):
@@ -38,6 +39,19 @@ class Trained(NamedTuple):
     metrics: Mapping[str, Any]
     rest: Mapping[str, Tensor]
     extra: Mapping[str, Mapping[str, Tensor]]
+
+    def content(self, layout: Layout) -> RecordDict:
+        """Return it as the content of a reply, in Flower's convention."""
+        rest = {name: value.cpu() for name, value in self.rest.items()}
+        content = RecordDict(
+            {
+                ARRAYS: layout.record(self.weights.cpu(), rest),
+                METRICS: MetricRecord(dict(self.metrics)),
+            }
+        )
+        for name, arrays in self.extra.items():
+            content[name] = _record(arrays)
+        return content
 
 
 @dataclass
@@ -79,7 +93,7 @@ class CohortSums:
         self._shares: list[_Share] = []
         self._own: _Share | None = None  # the one that is added to
         self._waiting: list[tuple[Tensor, float]] = []  # y_i and w_i - w_1, not yet in the sums
-        self._start = torch.empty(0)  # the x of those that wait
+        self._sent = self._start = torch.empty(0)  # the x of those that wait, and where they lie
 
     def add(self, start: Tensor, reply: RecordDict) -> None:
         """Add one reply to a message that carried the vector `start`.
@@ -107,16 +121,19 @@ class CohortSums:
         examples = float(metrics[NUM_EXAMPLES])
         weight = examples / metrics.get(LOCAL_NORM, 1.0)
         if self._own is None:
-            total = torch.zeros(len(start), dtype=torch.float64)
+            total = torch.zeros(len(start), dtype=torch.float64, device=trained.weights.device)
             self._own = _Share(weight, total, torch.zeros_like(total) if self.alignment else None)
             self._shares.append(self._own)
         self.clients += 1
         self.examples += examples
-        if self._waiting and self._start is not start:
+        if self._sent is not start:
             self._sum_waiting()
-        self._start = start
+            self._sent, self._start = start, start.to(trained.weights.device)
         self._waiting.append((trained.weights, weight - self._own.first_weight))
-        if len(start) <= _BLOCK:
+        if trained.weights.is_cuda:
+            if len(start) * len(self._waiting) >= _GPU_BLOCK:
+                self._sum_waiting()
+        elif len(start) <= _BLOCK:
             self._sum_short(self._own)
         elif len(self._waiting) == _TOGETHER:
             self._sum_waiting()
@@ -151,17 +168,20 @@ class CohortSums:
             return
         vectors, unequal = zip(*self._waiting, strict=True)
         self._waiting = []
-        width = _BLOCK // len(vectors)
-        buffer = torch.empty((len(vectors), width), dtype=torch.float64)
+        on, on_gpu = self._start.device, self._start.is_cuda
+        width = max(1, (_GPU_BLOCK if on_gpu else _BLOCK) // len(vectors))
+        buffer = torch.empty((len(vectors), 0 if on_gpu else width), dtype=torch.float64)
         blocks = list(zip(*(each.split(width) for each in (self._start, *vectors)), strict=True))
 
         def updates(block: Sequence[Tensor]) -> Tensor:
             start, *ends = block
+            if on_gpu:  # three launches, not one for each vector
+                return torch.sub(start, torch.stack(ends)).double()
             for row, end in zip(buffer, ends, strict=True):
                 torch.sub(start, end, out=row[: len(end)])
             return buffer[:, : len(start)]
 
-        ones = torch.ones(len(vectors), dtype=torch.float64)
+        ones = torch.ones(len(vectors), dtype=torch.float64, device=on)
         squares = torch.zeros_like(ones)
         for block, total in zip(blocks, share.total.split(width), strict=True):
             found = updates(block)
@@ -177,7 +197,8 @@ class CohortSums:
         if any(unequal):
             if share.unequal is None:
                 share.unequal = torch.zeros_like(share.total)
-            weighted.append((share.unequal, torch.tensor(unequal, dtype=torch.float64)))
+            factors = torch.tensor(unequal, dtype=torch.float64, device=on)
+            weighted.append((share.unequal, factors))
         for sums, factors in weighted:
             for block, part in zip(blocks, sums.split(width), strict=True):
                 part.addmv_(updates(block).T, factors)
@@ -213,11 +234,21 @@ class CohortSums:
             {name: _exchanged(value) for name, value in vars(share).items()}
             for share in self._shares
         ]
-        return self.__dict__ | {"_shares": shares, "_own": None, "_start": None}
+        return self.__dict__ | {
+            "_shares": shares,
+            "_own": None,
+            "_sent": None,
+            "_start": None,
+            "rest": {name: value.cpu() for name, value in self.rest.items()},
+            "extra": {
+                name: {key: value.cpu() for key, value in arrays.items()}
+                for name, arrays in self.extra.items()
+            },
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._start = torch.empty(0)
+        self._sent = self._start = torch.empty(0)
         self._shares = [
             _Share(**{name: _exchanged(value) for name, value in share.items()})
             for share in state["_shares"]
@@ -278,9 +309,7 @@ class CohortSums:
         metrics = MetricRecord({NUM_EXAMPLES: self.examples, **self.mean_metrics()})
         content = RecordDict({ARRAYS: arrays, METRICS: metrics})
         for name in self.extra:
-            content[name] = ArrayRecord(
-                {key: Array(value.numpy()) for key, value in self.mean_extra(name).items()}
-            )
+            content[name] = _record(self.mean_extra(name))
         return content
 
     def gradient_diversity(self) -> float:
@@ -304,6 +333,10 @@ class CohortSums:
         return (_squared_norm(directions) - kept) / (kept * (kept - 1))
 
 
+def _record(arrays: Mapping[str, Tensor]) -> ArrayRecord:
+    return ArrayRecord({key: Array(value.cpu().numpy()) for key, value in arrays.items()})
+
+
 def _combined(terms: Sequence[tuple[Tensor, float]]) -> Iterator[Tensor]:
     """Yield the blocks of a sum of vectors times factors."""
     (_, first), *_ = terms
@@ -323,5 +356,5 @@ def _squared_norm(vectors: Sequence[Tensor]) -> float:
 def _exchanged(value: Any) -> Any:
     """A tensor as an ndarray and an ndarray as a tensor, sharing memory; anything else as it is."""
     if isinstance(value, Tensor):
-        return value.numpy()
+        return value.cpu().numpy()
     return torch.from_numpy(value) if isinstance(value, np.ndarray) else value

@@ -157,6 +157,7 @@ class Run(Strict):
     on_client_error: Literal["abort", "skip"] = "abort"
     workers: PositiveInt | Literal["auto"] = "auto"
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    together: PositiveInt | Literal["auto"] = "auto"
 
 
 # How a run is carried out, not what it is: --resume may change these.

@@ -215,7 +215,9 @@ class Layout:
 
     def record_of(self, model: nn.Module) -> ArrayRecord:
         """Build the record of a copy of a model's weights."""
-        state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        state = {
+            name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()
+        }
         flat = torch.cat([state[name].reshape(-1) for name in self.trainable])
         return self.record(flat, {name: state[name] for name in self.fixed})
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from fedinit.config import Proxy, Run
 from fedinit.data import FederatedDataset
+from fedinit.device import device
 from fedinit.errors import RequestError, WriteError
 from fedinit.initialization import METADATA
 from fedinit.measurements.evaluation import evaluate, per_example
@@ -80,7 +81,7 @@ def pretrain(run: Run, dataset: FederatedDataset, report: Report) -> Path:
             cannot be written.
     """
     like = proxy_run(run)
-    problem = build_problem(like, dataset)
+    problem = build_problem(like, dataset).on(device())
     epochs = list(_epochs(run.proxy, problem, report))
     record = {
         **_decides(run),

@@ -1,7 +1,7 @@
 """What clients optimize: a data set, a model and a loss."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,10 @@ class Problem:
     model: nn.Module
     loss: Loss
     layout: Layout
+
+    def on(self, device: torch.device) -> "Problem":
+        """Return the problem on a device: its model is moved, the data set where there is room."""
+        return replace(self, dataset=self.dataset.on(device), model=self.model.to(device))
 
 
 def load_dataset(run: Run) -> FederatedDataset:

@@ -251,3 +251,61 @@ class Slow(nn.Module):
 
 def slow_classifier(num_classes: int, seconds: float = 0.01) -> nn.Module:
     return nn.Sequential(Slow(seconds), dropout_classifier(num_classes))
+
+
+UNEQUAL = (9, 3, 5, 8, 1, 12, 7)  # rows of each client
+
+
+def unequal_images(sizes: tuple[int, ...] = UNEQUAL) -> FederatedDataset:
+    """Grey images of random brightness, of clients of unequal size."""
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.randint(3, (sum(sizes),), generator=generator)
+    images = torch.rand((len(labels), 1, 8, 8), generator=generator) + labels.view(-1, 1, 1, 1)
+    return FederatedDataset(images, labels, _dealt(sizes), images[:10], labels[:10], 3)
+
+
+def unequal_texts(sizes: tuple[int, ...] = UNEQUAL) -> FederatedDataset:
+    """Texts of one to six tokens, padded, of clients of unequal size."""
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.randint(5, (sum(sizes), 7), generator=generator)
+    inputs, targets = tokens[:, :-1].clone(), tokens[:, 1:].clone()
+    lengths = torch.randint(1, 7, (len(tokens), 1), generator=generator)
+    targets[torch.arange(6) >= lengths] = IGNORED
+    return FederatedDataset(inputs, targets, _dealt(sizes), inputs[:10], targets[:10], 5)
+
+
+def _dealt(sizes):
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    return {
+        f"c{i}": range(end - n, end) for i, (end, n) in enumerate(zip(ends, sizes, strict=True))
+    }
+
+
+class NextToken(nn.Module):
+    """A token's embedding, scaled, scores the next; one parameter is never used."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(num_classes, 4)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.unused = nn.Parameter(torch.ones(3))
+        self.output = nn.Linear(4, num_classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.output(torch.tanh(self.scale * self.embedding(tokens))).transpose(1, 2)
+
+
+class MixesRows(nn.Linear):
+    """Scores beside those of the batch's mean row."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(8, num_classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs - inputs.mean(0))
+
+
+def superstitious(outputs: Tensor, targets: Tensor) -> Tensor:
+    if (targets == 13).any():
+        raise ValueError("thirteen")
+    return half_squared_error(outputs, targets)

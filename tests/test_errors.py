@@ -78,6 +78,13 @@ CASES = {
         {"model": "plugged_in:batch_norm_classifier", "trainable": "head"},
         ["trainable", "head"],
     ),
+    "dropout as one": ({"together": 3}, ["together: 3", "dropout_classifier", "random numbers"]),
+    "batch norm as one": (
+        {"together": 3, "model": "plugged_in:batch_norm_classifier"},
+        ["together: 3", "buffers, as batch normalisation"],
+    ),
+    "batches as one": ({"together": 3, "model": "plugged_in:MixesRows"}, ["together: 3", "do not"]),
+    "none as one": ({"together": 0}, ["together: ", "greater than 0"]),
     "nova needs fedopt": (
         {"client": {"optimizer": "nova"}, "strategy": "flwr.serverapp.strategy:FedAvg"},
         ["nova", "fedopt"],

@@ -132,9 +132,15 @@ CLIENTS = ["sgd", "gd", "proximal", "nova", "mimelite"]
 SERVERS = ["sgd", "momentum", "adam", "adagrad", "yogi"]
 
 
-def test_every_method_takes_three_rounds_as_calculated_by_hand(outcome):
+AS_ONE = pytest.mark.parametrize("as_one", [{}, {"together": 2, "workers": 1}], ids=str)
+
+
+@AS_ONE
+def test_every_method_takes_three_rounds_as_calculated_by_hand(outcome, as_one):
     """25 methods from one file: each client's closed form, each server's formula, three rounds."""
-    ends = outcome(rounds=3, grid={"client.optimizer": CLIENTS, "server.optimizer": SERVERS})
+    ends = outcome(
+        rounds=3, grid={"client.optimizer": CLIENTS, "server.optimizer": SERVERS}, **as_one
+    )
     assert len(ends) == 25
     for client in CLIENTS:
         for name in SERVERS:
@@ -193,7 +199,8 @@ def test_mimelite_at_one_full_batch_step_is_momentum_sgd(outcome):
         assert end[k] == pytest.approx(optimum()[k] + z, abs=1e-6)
 
 
-def test_local_momentum_clipping_and_stragglers(outcome):
+@AS_ONE
+def test_local_momentum_clipping_and_stragglers(outcome, as_one):
     """Local momentum, a bound on the gradient norm, and epochs drawn for stragglers.
 
     momentum r: a_i of FedNova is [t - r (1 - r^t) / (1 - r)] / (1 - r); with a rate of 1e-8 the
@@ -206,6 +213,7 @@ def test_local_momentum_clipping_and_stragglers(outcome):
         rounds=1,
         client=SETTINGS["client"] | {"mu": 0.0},
         server={"optimizer": "sgd", "lr": 1.0},
+        **as_one,
         grid={"seed": [0, 1, 2]},
         when=[
             {

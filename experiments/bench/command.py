@@ -142,7 +142,8 @@ def _cell(show: Callable[[dict[str, Any]], str], numbers: dict[str, Any]) -> str
 
 
 def _format(record: dict[str, Any]) -> str:
-    return f"memory format {record['run']['memory_format']}"
+    settled = record["run"]
+    return f"memory format {settled['memory_format']}, {settled['together']} together"
 
 
 def _start_up_seconds(run: Run) -> float:

@@ -19,6 +19,7 @@ from fedinit.simulation import ENVIRONMENT, RayGrid, Workers
 from strategies.fedopt import draw_cohort
 
 RAY_GRID, BARE, TUNED = "RayGrid", "bare loop", "tuned loop"
+ONE_BY_ONE = "RayGrid, one by one"
 _SAMPLE_SECONDS = 0.05
 
 
@@ -129,7 +130,8 @@ def measure(
     """Take a run's rounds through RayGrid, whole, and between them those of the bare loops.
 
     The first round of a repetition warms up and the last, which tests x, is not timed; the very
-    last is watched for memory.
+    last is watched for memory. Where clients are trained as one, each repetition does its rounds
+    once more with clients one by one.
 
     Args:
         run: what to do; `rounds` are timed in each repetition.
@@ -145,15 +147,21 @@ def measure(
     ours = Contender(run.cohort, [driver, *driver.children(recursive=True)])
     loops = _loops(prepared, workers.number) if with_loops else {}
     others = {name: Contender(run.cohort, loop.processes) for name, loop in loops.items()}
+    contenders = {RAY_GRID: ours, **others}
+    single = prepared.run.model_copy(update={"together": 1})
+    if single != prepared.run:
+        contenders[ONE_BY_ONE] = Contender(run.cohort, ours.processes)
     for repetition in range(repetitions):
         note(f"repetition {repetition + 1} of {repetitions}")
-        for each in (ours, *others.values()):
+        for each in contenders.values():
             each.timings.seconds.append([])
         prepared = simulation(prepared.run, datasets)
         _take_turns(prepared, prepared.grid(workers, datasets), ours, loops, others)
+        if ONE_BY_ONE in contenders:
+            alone = simulation(single, datasets)
+            _take_turns(alone, alone.grid(workers, datasets), contenders[ONE_BY_ONE], {}, {})
     for loop in loops.values():
         loop.close()
-    contenders = {RAY_GRID: ours, **others}
     return Measured(
         prepared.run, workers.number, {name: each.timings for name, each in contenders.items()}
     )

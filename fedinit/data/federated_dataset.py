@@ -1,7 +1,9 @@
 """A federated data set: rows held once, and which client owns which rows."""
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from fedinit.device import free_bytes
 from fedinit.errors import RequestError, one_line
 
 IGNORED = -100  # a target that counts in no loss and no accuracy: torch's own ignore_index
@@ -98,6 +101,7 @@ class FederatedDataset:
         if not len(test_inputs):
             raise RequestError("dataset: the test set is empty")
         self.folder: Path | None = None  # where the columns are mapped from
+        self.device = torch.device("cpu")  # where batches are made
         self.inputs, self.targets = inputs, targets
         self.held_out: np.ndarray | None = None
         self.test_inputs, self.test_targets = test_inputs, test_targets
@@ -130,8 +134,24 @@ class FederatedDataset:
             self.num_classes,
             self.labels,
         )
-        dealt.held_out, dealt.folder = held_out, self.folder
+        dealt.held_out, dealt.folder, dealt.device = held_out, self.folder, self.device
         return dealt
+
+    def on(self, device: torch.device) -> "FederatedDataset":
+        """Return the same data set, its batches on a device.
+
+        On a GPU the rows lie there too if they take at most half of its free memory and fit into
+        this process's share; otherwise they stay where they are, and each batch is moved.
+        """
+        if device == self.device:
+            return self
+        moved = copy.copy(self)
+        moved.device = device
+        columns = [self.__dict__[name] for name in _COLUMNS]
+        if 2 * sum(each.numel() * each.element_size() for each in columns) <= free_bytes():
+            with suppress(torch.OutOfMemoryError):
+                moved.__dict__ |= {name: self.__dict__[name].to(device) for name in _COLUMNS}
+        return moved
 
     def save(self, folder: Path) -> None:
         """Write the data set to a folder, to be opened by `open`.
@@ -206,16 +226,26 @@ class FederatedDataset:
             )
         return self.clients
 
-    def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return the inputs and targets of training rows, as a model reads them."""
-        index = torch.from_numpy(rows)
-        return _read(self.inputs[index]), _read(self.targets[index])
+    def batch(self, rows: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
+        """Return the inputs and targets of training rows, as a model reads them.
+
+        Args:
+            rows: row numbers (n,), or (k, n) for several batches at once.
+        """
+        index = torch.as_tensor(rows).to(self.inputs.device)
+        return self._read(self.inputs[index]), self._read(self.targets[index])
 
     def test_batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return a slice of the test set, as a model reads it."""
         if self.held_out is not None:
             return self.batch(self.held_out[start:stop])
-        return _read(self.test_inputs[start:stop]), _read(self.test_targets[start:stop])
+        return self._read(self.test_inputs[start:stop]), self._read(self.test_targets[start:stop])
+
+    def _read(self, values: Tensor) -> Tensor:
+        values = values.to(self.device)
+        if values.dtype == torch.uint8:
+            return values.float().div_(255)
+        return values if values.is_floating_point() else values.long()
 
     def _check(self, clients: ClientRows) -> None:
         if not len(clients):
@@ -250,9 +280,3 @@ def _mapped(folder: Path, name: str) -> Tensor:
 
 _ABOUT = "dataset.json"
 _COLUMNS = ("inputs", "targets", "test_inputs", "test_targets")
-
-
-def _read(values: Tensor) -> Tensor:
-    if values.dtype == torch.uint8:
-        return values.float().div_(255)
-    return values if values.is_floating_point() else values.long()

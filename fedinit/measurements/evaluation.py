@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fedinit.data.federated_dataset import IGNORED
 
 
-def correct_predictions(outputs: Tensor, targets: Tensor) -> float | None:
-    """Count the targets that have the highest score; None when targets are not labels.
+def correct_by_row(outputs: Tensor, targets: Tensor) -> Tensor | None:
+    """Count each row's targets (n,) that have the highest score; None if they are not labels.
 
     Args:
         outputs: scores (n, classes, ...).
@@ -24,7 +24,14 @@ def correct_predictions(outputs: Tensor, targets: Tensor) -> float | None:
     """
     if targets.is_floating_point() or outputs.shape[:1] + outputs.shape[2:] != targets.shape:
         return None
-    return (outputs.detach().argmax(1) == targets).sum().item()
+    right = outputs.detach().argmax(1) == targets
+    return right if right.ndim == 1 else right.flatten(1).sum(1)
+
+
+def correct_predictions(outputs: Tensor, targets: Tensor) -> Tensor | None:
+    """Count all rows' targets that have the highest score, on their device (nobody waits)."""
+    rows = correct_by_row(outputs, targets)
+    return None if rows is None else rows.sum()
 
 
 def per_example(losses: Tensor, targets: Tensor) -> Tensor:
@@ -33,11 +40,17 @@ def per_example(losses: Tensor, targets: Tensor) -> Tensor:
     return sums if losses.ndim == 1 else sums / counts
 
 
-def count_targets(targets: Tensor) -> int:
-    """Return the number of targets: positions with a label that counts, or rows of numbers."""
+def targets_by_row(targets: Tensor) -> Tensor | None:
+    """Count each row's positions (n,) with a label that counts; None if a row is one target."""
     if targets.ndim == 1 or targets.is_floating_point():
-        return len(targets)
-    return int((targets != IGNORED).sum())
+        return None
+    return (targets != IGNORED).flatten(1).sum(1)
+
+
+def count_targets(targets: Tensor) -> int | Tensor:
+    """Return the number of targets: positions with a label that counts, or rows of numbers."""
+    rows = targets_by_row(targets)
+    return len(targets) if rows is None else rows.sum()
 
 
 def _by_row(losses: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,16 +83,17 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
 ) -> dict[str, float]:
     """Return the number of targets as `num-examples`, mean `loss` and, for labels, `accuracy`."""
-    examples, labels, loss_sum = 0.0, 0, 0.0
-    correct: float | None = 0.0
+    # Sums that lie where the model does: a batch does not wait for the one before to be read.
+    examples = labels = loss_sum = torch.zeros((), dtype=torch.float64)
+    correct: Tensor | None = torch.zeros((), dtype=torch.float64)
     with eval_mode(model):
         for inputs, targets in batches:
             outputs = model(inputs)
             sums, counts = _by_row(loss(outputs, targets), targets)
-            loss_sum += sums.double().sum().item()
-            examples += counts.sum().item()
-            labels += count_targets(targets)
+            loss_sum = sums.double().sum() + loss_sum
+            examples = counts.sum() + examples
+            labels = count_targets(targets) + labels
             right = correct_predictions(outputs, targets)
-            correct = None if right is None or correct is None else correct + right
-    result = {"num-examples": examples, "loss": loss_sum / examples}
-    return result if correct is None else result | {"accuracy": correct / labels}
+            correct = None if right is None or correct is None else right + correct
+    result = {"num-examples": examples.item(), "loss": (loss_sum / examples).item()}
+    return result if correct is None else result | {"accuracy": (correct / labels).item()}

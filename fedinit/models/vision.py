@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision import models as torchvision_models
@@ -20,8 +21,15 @@ def imagenet_input(_network: nn.Module, inputs: tuple[Tensor]) -> Tensor:
     (images,) = inputs
     if min(images.shape[-2:]) < SMALLEST:
         images = functional.interpolate(images, SMALLEST, mode="bilinear")
-    mean = images.new_tensor(IMAGENET_MEAN).view(3, 1, 1)
-    return (images - mean) / images.new_tensor(IMAGENET_STD).view(3, 1, 1)
+    mean, std = _imagenet_statistics(images.dtype, images.device)
+    return (images - mean) / std
+
+
+@cache  # made once on a device: each making would wait for it
+def _imagenet_statistics(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    both = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=dtype, device=device)
+    mean, std = both.view(2, 3, 1, 1)
+    return mean, std
 
 
 def _reading_images(network: nn.Module) -> nn.Module:

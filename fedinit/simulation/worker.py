@@ -1,8 +1,10 @@
 """A worker: one process that runs its share of the virtual clients, one after another."""
 
 import traceback
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeGuard
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import ray
 import torch
@@ -52,6 +54,19 @@ class Share(NamedTuple):
     reduced: int | None
 
 
+@runtime_checkable
+class TrainsGroups(Protocol):
+    """A ClientApp that can be asked for its training without messages, many clients at once.
+
+    Attributes:
+        groups: deals the clients of a train message's content to groups.
+        train_group: maps such a content and a group to what each of its clients makes of it.
+    """
+
+    groups: Callable[[RecordDict, Sequence[int]], list[list[int]]]
+    train_group: Callable[[RecordDict, Sequence[int]], Sequence[Trained]]
+
+
 class Worker:
     """Runs a ClientApp for many clients; made a Ray actor by `Workers`.
 
@@ -63,6 +78,10 @@ class Worker:
         add_to_path(import_path)
         torch.set_num_threads(1)  # two threads of one process contend; processes do not
         torch.set_flush_denormal(True)
+        share = ray.get_runtime_context().get_assigned_resources().get("GPU", 0)
+        if 0 < share < 1 and torch.cuda.is_available():
+            # What one worker measures alone must fit when all of them work.
+            torch.cuda.set_per_process_memory_fraction(0.9 * share)
         claim_identity()
         self._app = ClientApp()
         self._num_clients = 0
@@ -94,28 +113,32 @@ class Worker:
         received = _fetch(contents)
         answers: list[Answer] = []
         sums = None if layout is None else CohortSums(layout)
-        train_client = getattr(self._app, "train_client", None) if reduce else None
-        reduced: int | None = None
-        for task in tasks:
-            content = received[task.content]
-            start = content.get(ARRAYS)
-            training = task.message_type.startswith(MessageType.TRAIN)
-            if sums is None or not training or not isinstance(start, ArrayRecord):
-                answers.append(self._answer(task, content))
-            elif train_client is not None:
-                answer = _train(train_client, task, content, start, sums)
-                answers.append(answer)
-                if reduced is None and answer.failure is None:
-                    reduced = task.node_id
+        for (key, kind), alike in groupby(tasks, lambda task: (task.content, task.message_type)):
+            content = received[key]
+            training = kind.startswith(MessageType.TRAIN)
+            if sums is None or not training or not isinstance(content.get(ARRAYS), ArrayRecord):
+                answers += [self._answer(task, content) for task in alike]
+            elif isinstance(self._app, TrainsGroups):
+                nodes = [task.node_id for task in alike]
+                answers += _train(self._app, nodes, content, sums, reduce)
             else:
-                answer = _measured(self._answer(task, content), task, start, sums)
-                if reduce and _usual(answer.content):
-                    answer = answer._replace(content=None)
-                    reduced = task.node_id if reduced is None else reduced
-                answers.append(answer)
+                answers += [self._summed(task, content, sums, reduce) for task in alike]
         if sums is not None and not sums.clients:
             sums = None
-        return Share(answers, sums, reduced)
+        left_out = [
+            each.node_id for each in answers if each.content is None and each.failure is None
+        ]
+        return Share(answers, sums, next(iter(left_out), None))
+
+    def _summed(self, task: Task, content: RecordDict, sums: CohortSums, reduce: bool) -> Answer:
+        answer = self._answer(task, content)
+        if not _usual(answer.content):
+            return answer
+        try:
+            sums.add(sums.layout.flatten(content.array_records[ARRAYS]), answer.content)
+        except Exception as error:  # a reply that does not fit is its client's failure
+            return _failed(task.node_id, error)
+        return answer._replace(content=None) if reduce else answer
 
     def _answer(self, task: Task, content: RecordDict) -> Answer:
         # A copy of each record: an app may change its message without changing the next client's.
@@ -136,7 +159,7 @@ class Worker:
         try:
             reply = self._app(message, context)
         except Exception as error:  # whatever a ClientApp raises; the driver says which client
-            return _failed(task, error)
+            return _failed(task.node_id, error)
         state = context.state if len(context.state) else None
         if reply.has_error():
             return Answer(task.node_id, None, reply.error.reason or "no reason given", state)
@@ -144,34 +167,34 @@ class Worker:
 
 
 def _train(
-    train_client: Callable[[RecordDict, int], Trained],
-    task: Task,
-    content: RecordDict,
-    start: ArrayRecord,
-    sums: CohortSums,
-) -> Answer:
-    """Train a client into the sums, without a message of its own."""
+    app: TrainsGroups, nodes: Sequence[int], content: RecordDict, sums: CohortSums, reduce: bool
+) -> Iterator[Answer]:
+    """Train clients into the sums, without messages of their own."""
+    start = sums.layout.flatten(content.array_records[ARRAYS])
     try:
-        trained = train_client(content, task.node_id)
-        sums.add_trained(sums.layout.flatten(start), trained)
+        waiting = deque(app.groups(content, nodes))
     except Exception as error:
-        return _failed(task, error)
-    return Answer(task.node_id, None, None, None)
-
-
-def _measured(answer: Answer, task: Task, start: ArrayRecord, sums: CohortSums) -> Answer:
-    """Add an answer's update to the sums; a reply that does not fit is its client's failure."""
-    if _usual(answer.content):
+        yield from (_failed(node, error) for node in nodes)
+        return
+    while waiting:
+        group = waiting.popleft()
         try:
-            sums.add(sums.layout.flatten(start), answer.content)
+            made = app.train_group(content, group)
         except Exception as error:
-            return _failed(task, error)
-    return answer
+            if len(group) == 1:
+                yield _failed(group[0], error)
+            else:  # one by one: whose failure is it?
+                waiting.extendleft([node] for node in reversed(group))
+            continue
+        for node, trained in zip(group, made, strict=True):
+            sums.add_trained(start, trained)
+            reply = None if reduce else trained.content(sums.layout)
+            yield Answer(node, reply, None, None)
 
 
-def _failed(task: Task, error: Exception) -> Answer:
+def _failed(node: int, error: Exception) -> Answer:
     where = traceback.extract_tb(error.__traceback__)[-1]
-    return Answer(task.node_id, None, f"{named(error)} ({where.filename}:{where.lineno})", None)
+    return Answer(node, None, f"{named(error)} ({where.filename}:{where.lineno})", None)
 
 
 def _usual(reply: RecordDict | None) -> TypeGuard[RecordDict]:

@@ -1,0 +1,31 @@
+"""The device that a process computes on: its GPU if it was given one, else the CPU."""
+
+from functools import cache
+
+import torch
+
+
+@cache
+def device() -> torch.device:
+    """Return this process's device; Ray shows a worker its own GPU as the only one.
+
+    On the CPU the same seed and number of workers give the same bits. On a GPU they give the same
+    cohorts, shuffles and dropout, and weights up to rounding: its kernels add up in any order, and
+    the fastest are chosen as they come. TF32, with its 10 bits, is off: a run means float32, and
+    clients trained as one agree with clients trained one by one.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.backends.cudnn.allow_tf32 = False  # of matrix products it is off by default
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def synchronize() -> None:
+    """Wait for the device to have done what it was given: before a clock is read."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def free_bytes() -> int:
+    """Return the GPU's memory that is free."""
+    return torch.cuda.mem_get_info()[0]
