@@ -105,7 +105,7 @@ class Checkpoints:
             self._note(f"  goes on after round {position.server_round}")
             now, cohort = self._grid.num_workers, self._run.cohort
             if min(cohort, now) != min(cohort, workers):
-                self._note(f"  with {now} workers instead of {workers}: the same up to rounding")
+                self._note(f"  workers: {now}, were {workers}: the same up to rounding")
             return position
         if (self._folder.path / "rounds.jsonl").exists():
             self._note("  no checkpoint to go on from: begins again at round 0")

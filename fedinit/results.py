@@ -16,6 +16,7 @@ import io
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,8 +160,8 @@ class RunFolder:
         return sorted((self.path / "checkpoints").glob("round-*.safetensors"), reverse=True)
 
     def _forget_checkpoints(self) -> None:
-        for each in self.checkpoints:
-            each.unlink()
+        if (self.path / "checkpoints").exists():
+            shutil.rmtree(self.path / "checkpoints")
 
     def keep(self, server_round: int, x: torch.Tensor) -> None:
         """Keep the vector x of an evaluated round, to measure its distance to the final one."""

@@ -147,6 +147,25 @@ class SlowUnless(Convolution):
         return super().forward(images)
 
 
+class SlowToStart(Convolution):
+    """Takes a while whatever the number of images, as a GPU does."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        time.sleep(0.01)
+        return super().forward(images)
+
+
+class Recurrent(nn.Module):
+    """An LSTM, which vmap cannot do."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(16, num_classes, batch_first=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.lstm(images.flatten(2).transpose(1, 2).reshape(len(images), -1, 16))[0][:, -1]
+
+
 def other_gaussians() -> FederatedDataset:
     """The same points, of which nobody says that their labels mean the same."""
     return gaussians()

@@ -11,6 +11,7 @@ import torch
 from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from safetensors.torch import load
 
 from experiments.running import execute
 from experiments.stopping import Stop, StoppedError
@@ -46,12 +47,14 @@ def carry_out(ray_started):
     with pytest.MonkeyPatch.context() as patch, Workers(2, import_path=here) as workers:
         patch.syspath_prepend(here[0])
 
-        def run(settings: dict, folder: Path, stop: Stop | None = None, make_app=None) -> str:
+        def run(
+            settings: dict, folder: Path, stop: Stop | None = None, make_app=None, on=workers
+        ) -> str:
             prepared = simulation(make_run(settings), datasets)
             layout = prepared.problem.layout
-            grid = prepared.grid(workers, datasets)
+            grid = prepared.grid(on, datasets)
             if make_app is not None:
-                grid = RayGrid(workers, make_app, prepared.clients, layout)
+                grid = RayGrid(on, make_app, prepared.clients, layout)
             said: list[str] = []
             execute(prepared, grid, RunFolder(folder), lambda _: None, said.append, stop)
             return "\n".join(said)
@@ -247,6 +250,18 @@ def test_without_a_whole_checkpoint_it_begins_again(broken, carry_out):
         path.write_bytes(b"")
     assert "begins again at round 0" in carry_out(RUN, folder)
     assert outcome(folder) == expected
+
+
+def test_another_number_of_workers_is_said_and_equal_up_to_rounding(broken, carry_out):
+    folder, expected = broken
+    with Workers(1, import_path=[str(Path(__file__).parent)]) as one:
+        said = carry_out(RUN, folder, on=one)
+    assert "workers: 1, were 2: the same up to rounding" in said
+    assert [line.get("examples") for line in RunFolder(folder).rounds] == [
+        line.get("examples") for line in expected["rounds"]
+    ]
+    for name, value in load(expected["final.safetensors"]).items():
+        assert torch.allclose(RunFolder(folder).weights[name], value, atol=1e-5)
 
 
 def test_lines_that_are_torn_or_lost(broken, carry_out):

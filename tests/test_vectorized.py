@@ -10,6 +10,7 @@ import torch
 
 from clients import client_optimizers, local_training, vectorized
 from clients.client_optimizers import ServerState
+from clients.together import fastest_together
 from experiments.wiring import Datasets, simulation
 from fedinit.config import make_run
 from fedinit.data import federated_dataset
@@ -152,6 +153,16 @@ def test_training_lies_on_one_device_and_waits_for_nothing_there(settings, monke
             update = client_optimizers.CLIENT_OPTIMIZERS[name](training, server)
             assert update.weights.is_meta
             assert update.weights.numel() == len(group) * size
+
+
+@pytest.mark.parametrize(("model", "expected"), [("SlowToStart", 4), ("Recurrent", 1)])
+def test_the_measurement_takes_what_is_faster_among_what_the_model_can_do_with(model, expected):
+    """Of a worker's 4 clients: where a step costs the same for one and for four, four."""
+    add_to_path([str(HERE)])
+    settings = {"dataset": "plugged_in:noise_images", "model": f"plugged_in:{model}", "cohort": 4}
+    run = make_run(settings | {"client": {"batch_size": 4}})
+    problem = simulation(run, Datasets()).problem
+    assert fastest_together(problem, run, torch.contiguous_format, share=4) == expected
 
 
 @needs_gpu
