@@ -270,6 +270,10 @@ def _load(experiment: str, settings: list[str] | None, preset: str | None) -> "E
     from fedinit.registry import add_to_path
 
     loaded = load_experiment(find_experiment(experiment), settings or [], preset)
+    if loaded.study is not None:
+        from experiments.studies import check_study
+
+        check_study(loaded.study)
     add_to_path([str(loaded.folder)])
     return loaded
 

@@ -12,7 +12,6 @@ from experiments.proxies import check, train_missing
 from experiments.recording import DivergedError, MeasuringGrid, Recorder
 from experiments.resuming import Checkpoints, Position, as_begun, check_folder, results_folder
 from experiments.stopping import Stop, StoppedError
-from experiments.studies import check_study
 from experiments.wiring import Datasets, Simulation, simulation
 from fedinit.config import Run
 from fedinit.errors import RequestError, WriteError, named
@@ -52,7 +51,6 @@ def run_experiment(
         KeyboardInterrupt: twice; likewise, but for the round.
     """
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    check_study(experiment.study)
     check_folder(experiment, out, resume)
     datasets = Datasets()
     for label, run in experiment.runs.items():

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from math import nan, sqrt
 from statistics import mean, stdev
 
-from scipy import stats
-
 LEVEL = 0.95  # of the confidence intervals
 
 
@@ -46,12 +44,14 @@ def paired_difference(before: Mapping[int, float], after: Mapping[int, float]) -
     Returns:
         The difference over the seeds that both have; None if there is none.
     """
+    from scipy.special import stdtrit
+
     differences = [after[seed] - before[seed] for seed in sorted(before.keys() & after.keys())]
     if not differences:
         return None
     spread = Spread.of(differences)
     degrees = spread.count - 1
-    quantile = stats.t.ppf((1 + LEVEL) / 2, degrees) if degrees else nan
+    quantile = stdtrit(degrees, (1 + LEVEL) / 2) if degrees else nan
     half = float(quantile) * spread.deviation / sqrt(spread.count)
     return Difference(spread.mean, spread.mean - half, spread.mean + half, spread.count)
 
@@ -61,4 +61,6 @@ def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
 
     Kendall 1945, "The treatment of ties in ranking problems".
     """
-    return float(stats.kendalltau(first, second).statistic)
+    from scipy.stats import kendalltau
+
+    return float(kendalltau(first, second).statistic)

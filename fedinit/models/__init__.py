@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 from torch import nn
-from torchvision.models import ResNet18_Weights, SqueezeNet1_0_Weights
 
 from fedinit.assets import asset
 from fedinit.models.language import charlm, charrnn, distilgpt2
@@ -43,13 +42,13 @@ MODELS = {
     "squeezenet1_0": Model(
         squeezenet1_0,
         head="classifier.1",
-        pretrained=partial(torchvision_checkpoint, SqueezeNet1_0_Weights.IMAGENET1K_V1),
+        pretrained=partial(torchvision_checkpoint, "SqueezeNet1_0_Weights.IMAGENET1K_V1"),
         weights="ImageNet, torchvision's (download)",
     ),
     "resnet18": Model(
         resnet18,
         head="fc",
-        pretrained=partial(torchvision_checkpoint, ResNet18_Weights.IMAGENET1K_V1),
+        pretrained=partial(torchvision_checkpoint, "ResNet18_Weights.IMAGENET1K_V1"),
         weights="ImageNet, torchvision's (download); normalisation in groups",
     ),
     "charrnn": Model(

@@ -4,17 +4,19 @@ from pathlib import Path
 from urllib.error import URLError
 
 import torch
-from torchvision.models import WeightsEnum
 
 from fedinit.errors import RequestError, named
 
 
-def torchvision_checkpoint(weights: WeightsEnum) -> Path:
-    """Return the file of torchvision's weights, downloaded once if the network allows.
+def torchvision_checkpoint(name: str) -> Path:
+    """Return the file of torchvision's weights of a name, downloaded once if the network allows.
 
     Raises:
         RequestError: it is not there and cannot be had; the text says where to put it.
     """
+    from torchvision.models import get_weight
+
+    weights = get_weight(name)
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

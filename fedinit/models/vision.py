@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision import models as torchvision_models
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALLEST = 32  # below this SqueezeNet's pooling has nothing left to pool
@@ -32,8 +32,11 @@ def _imagenet_statistics(dtype: torch.dtype, device: torch.device) -> tuple[Tens
     return mean, std
 
 
-def _reading_images(network: nn.Module) -> nn.Module:
-    """Put the input step in front as a hook, so that the network keeps torchvision's names."""
+def _torchvision(name: str, **settings: Any) -> nn.Module:
+    """Build one of torchvision's models; the input step is a hook, so that names stay its own."""
+    from torchvision.models import get_model
+
+    network: nn.Module = get_model(name, weights=None, **settings)
     network.register_forward_pre_hook(imagenet_input)
     return network
 
@@ -57,19 +60,18 @@ def cnn(num_classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
 
 def squeezenet1_0(num_classes: int) -> nn.Module:
     """torchvision's SqueezeNet 1.0 (Iandola et al. 2016); no normalisation layers."""
-    return _reading_images(torchvision_models.squeezenet1_0(num_classes=num_classes))
+    return _torchvision("squeezenet1_0", num_classes=num_classes)
 
 
 def squeezenet1_1(num_classes: int) -> nn.Module:
     """torchvision's SqueezeNet 1.1, as accurate as 1.0 at 2.4 times less work."""
-    return _reading_images(torchvision_models.squeezenet1_1(num_classes=num_classes))
+    return _torchvision("squeezenet1_1", num_classes=num_classes)
 
 
 def resnet18(num_classes: int, groups: int = 32) -> nn.Module:
     """torchvision's ResNet-18 with GroupNorm instead of BatchNorm."""
     norm: Callable[[int], nn.Module] = partial(_group_norm, groups)
-    network = torchvision_models.resnet18(num_classes=num_classes, norm_layer=norm)
-    return _reading_images(network)
+    return _torchvision("resnet18", num_classes=num_classes, norm_layer=norm)
 
 
 def _group_norm(groups: int, channels: int) -> nn.GroupNorm:

@@ -42,10 +42,13 @@ class Failures:
         taken, self._skipped = self._skipped, []
         return taken
 
+    def name(self, node: int) -> str:
+        """Return a client's number and, where it is known, its id in the data set."""
+        return f"{node} '{self._names[node]}'" if node < len(self._names) else str(node)
+
     def _told(self, message: Message, reason: str) -> str:
         node, kind = message.metadata.dst_node_id, message.metadata.message_type
-        name = f" '{self._names[node]}'" if node < len(self._names) else ""
         config = message.content.get("config")
         server_round = config.get("server-round") if isinstance(config, ConfigRecord) else None
         when = f" in round {server_round}" if isinstance(server_round, int) else ""
-        return f"client {node}{name} failed to {kind}{when}: {reason}"
+        return f"client {self.name(node)} failed to {kind}{when}: {reason}"

@@ -5,11 +5,11 @@ goes into Ray's object store once, each worker gets its share of the messages in
 a strategy whose reduction is a weighted mean, answers with one reply.
 """
 
-import logging
-import os
+import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import count
-from typing import Any, Self
+from typing import Any
 
 import ray
 import torch
@@ -19,95 +19,37 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedinit.cohort import ARRAYS, CohortSums
-from fedinit.errors import RequestError, one_line
+from fedinit.errors import one_line
 from fedinit.parameters import Layout
 from fedinit.simulation.failures import Failures
 from fedinit.simulation.flower_internals import claim_identity, new_run, number
-from fedinit.simulation.worker import Answer, Content, Share, Task, Worker
+from fedinit.simulation.worker import Answer, Content, Share, Task
+from fedinit.simulation.workers import DIED, Workers
 
-# glibc hands every freed activation back to the kernel and faults it in again; keep it instead, and
-# let the kernel give large vectors large pages.
-ENVIRONMENT = {
-    "THP_MEM_ALLOC_ENABLE": "1",
-    "MALLOC_TOP_PAD_": str(64 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
-    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-}
+_DEATHS = 3  # of workers, on the same share, that end a run
 
 
-class Workers:
-    """The worker processes of a simulation, kept from run to run.
+class WorkerError(RuntimeError):
+    """Workers died on the same share, one after another; the text names the clients."""
 
-    Args:
-        number: how many; None for one on each CPU that Ray has, `most` at the most.
-        most: an upper bound for `number=None`: more workers than clients in a round would idle.
-        import_path: folders that workers put on their import path.
-        address: a running Ray cluster to join; None starts Ray on this machine.
 
-    Raises:
-        RequestError: Ray has fewer CPUs than `number`, or cannot be reached.
+@dataclass
+class _Sent:
+    """A share that is under way.
+
+    Attributes:
+        worker: whose it is.
+        place: among all shares ever sent: the order in which their sums are merged.
+        messages: by node.
+        arguments: what the worker was called with, to call another.
+        deaths: workers that died of it, or with it.
     """
 
-    def __init__(
-        self,
-        number: int | None = None,
-        most: int | None = None,
-        import_path: Sequence[str] = (),
-        address: str | None = None,
-    ) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        self._started = not ray.is_initialized()
-        if self._started:
-            local = {"include_dashboard": False} if address is None else {"address": address}
-            try:
-                ray.init(logging_level=logging.ERROR, log_to_driver=False, **local)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                reason = one_line(error)
-                raise RequestError(f"--address {address}: Ray did not start: {reason}") from None
-        cpus = int(ray.cluster_resources().get("CPU", 1))
-        if number is not None and number > cpus:
-            if self._started:
-                ray.shutdown()
-            raise RequestError(f"workers: {number} workers, but Ray has {cpus} CPUs")
-        self.number = number or max(1, min(cpus, most or cpus))
-        actor = ray.remote(Worker).options(num_cpus=1, runtime_env={"env_vars": ENVIRONMENT})
-        self._stored: dict[str, ray.ObjectRef] = {}
-        self._measured: dict[str, Any] = {}
-        self._actors: list[Any] = [actor.remote(list(import_path)) for _ in range(self.number)]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the workers, and Ray if it was started here."""
-        for actor in self._actors:
-            ray.kill(actor)
-        if self._started:
-            ray.shutdown()
-
-    def store(self, key: str, make: Callable[[], Any]) -> ray.ObjectRef:
-        """Put what `make` returns into Ray's object store, once for each key."""
-        if key not in self._stored:
-            self._stored[key] = ray.put(make())
-        return self._stored[key]
-
-    def measure(self, key: str, function: Callable[[], Any]) -> Any:
-        """Return what `function` returns in a worker; it is called once for each key."""
-        if key not in self._measured:
-            self._measured[key] = ray.get(self._actors[0].call.remote(function))
-        return self._measured[key]
-
-    def load(self, make_app: Callable[[], ClientApp], num_clients: int) -> None:
-        """Build a ClientApp in every worker."""
-        ray.get([actor.load.remote(make_app, num_clients) for actor in self._actors])
-
-    def run(self, worker: int, *arguments: Any) -> ray.ObjectRef:
-        """Start a share on a worker."""
-        return self._actors[worker].run.remote(*arguments)
+    worker: int
+    place: int
+    messages: dict[int, Message]
+    arguments: tuple[Any, ...]
+    deaths: int = 0
 
 
 class RayGrid(Grid):
@@ -146,10 +88,11 @@ class RayGrid(Grid):
         self.failures = failures or Failures()
         self._run = new_run()
         self._message_ids = count(1)
-        self._shares: dict[ray.ObjectRef, dict[int, Message]] = {}  # under way
+        self._places = count()
+        self._under_way: dict[ray.ObjectRef, _Sent] = {}
         self._replies: dict[str, Message] = {}  # arrived, not yet pulled
         self._states: dict[int, RecordDict] = {}
-        self._sums: dict[ray.ObjectRef, CohortSums | None] = {}
+        self._sums: dict[int, CohortSums] = {}  # by the share's place
         workers.load(make_app, num_clients)
 
     def set_run(self, run: Run) -> None:
@@ -197,9 +140,8 @@ class RayGrid(Grid):
             if chosen:
                 tasks = [self._task(message) for message in chosen.values()]
                 used = {task.content: contents[task.content] for task in tasks}
-                ref = self._workers.run(worker, tasks, used, self._layout, reduce)
-                self._shares[ref] = chosen
-                self._sums[ref] = None
+                arguments = (tasks, used, self._layout, reduce)
+                self._start(_Sent(worker, next(self._places), chosen, arguments))
         return [message.metadata.message_id for message in sent]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -236,8 +178,8 @@ class RayGrid(Grid):
 
     def take_sums(self) -> CohortSums | None:
         """Return the sums over the updates trained since the last call, in the workers' order."""
-        parts = [part for part in self._sums.values() if part is not None]
-        self._sums = dict.fromkeys(self._shares)
+        parts = [part for _, part in sorted(self._sums.items())]
+        self._sums = {}
         if not parts:
             return None
         sums = CohortSums(parts[0].layout)
@@ -267,20 +209,46 @@ class RayGrid(Grid):
         state = self._states.get(to.dst_node_id)
         return Task(to.dst_node_id, to.message_type, to.group_id, id(message.content), state)
 
+    def _start(self, sent: _Sent) -> None:
+        self._under_way[self._workers.run(sent.worker, *sent.arguments)] = sent
+
     def _collect(self, timeout: float | None) -> None:
-        """Turn finished shares into replies; wait for all, or for `timeout` seconds."""
-        waiting = list(self._shares)
-        done, _ = (
-            ray.wait(waiting, num_returns=len(waiting), timeout=timeout) if waiting else ([], 0)
-        )
-        for ref in done:
-            messages = self._shares.pop(ref)
-            share: Share = ray.get(ref)
-            self._sums[ref] = share.sums
-            for answer in share.answers:
-                self._receive(messages[answer.node_id], answer)
-            if share.reduced is not None:
-                self._receive_mean(messages[share.reduced], share.sums)
+        """Turn finished shares into replies; wait for all, or for `timeout` seconds.
+
+        A share whose worker died is done again by another, with the same result.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        while waiting := list(self._under_way):
+            left = None if end is None else max(0.0, end - time.monotonic())
+            done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=left)
+            for ref in done:
+                sent = self._under_way.pop(ref)
+                try:
+                    share: Share = ray.get(ref)
+                except DIED as error:
+                    self._start_again(sent, error)
+                else:
+                    self._take(share, sent)
+            if len(done) < len(waiting):  # the time is up
+                return
+
+    def _take(self, share: Share, sent: _Sent) -> None:
+        if share.sums is not None:
+            self._sums[sent.place] = share.sums
+        for answer in share.answers:
+            self._receive(sent.messages[answer.node_id], answer)
+        if share.reduced is not None:
+            self._receive_mean(sent.messages[share.reduced], share.sums)
+
+    def _start_again(self, sent: _Sent, error: Exception) -> None:
+        sent.deaths += 1
+        if sent.deaths == _DEATHS:
+            clients = ", ".join(map(self.failures.name, sent.messages))
+            raise WorkerError(
+                f"{_DEATHS} workers died on the same share, of clients {clients}: {one_line(error)}"
+            )
+        self._workers.replace(sent.worker)
+        self._start(sent)
 
     def _receive(self, message: Message, answer: Answer) -> None:
         if answer.failure is not None:

@@ -1,0 +1,173 @@
+"""The worker processes of a simulation: where they run, what they hold, and who replaces the dead.
+
+A worker is a place, not a process: a process that dies is replaced by another, and where there is
+no room for one, as its node has left, its place is taken by a process that lives. What is dealt to
+a place, and so every result, stays the same.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import ray
+from flwr.clientapp import ClientApp
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
+
+from fedinit.errors import RequestError, one_line
+from fedinit.simulation.worker import Worker
+
+# glibc hands every freed activation back to the kernel and faults it in again; keep it instead, and
+# let the kernel give large vectors large pages.
+ENVIRONMENT = {
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "MALLOC_TOP_PAD_": str(64 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+}
+DIED = (RayActorError, ObjectLostError)  # the process, its node, or what it had made
+_ROOM_SECONDS = 20  # that a new process has to be there, once its place's old one is gone
+_LOOPBACK = "127.0.0.1"
+
+
+class Workers:
+    """The worker processes of a simulation, kept from run to run.
+
+    Args:
+        number: how many; None for one on each GPU that Ray has, or else on each CPU, `most` at the
+            most. More workers than GPUs have a half, a third ... of one each.
+        most: an upper bound for `number=None`: more workers than clients in a round would idle.
+        import_path: folders that workers put on their import path; sent to other machines.
+        address: a running Ray cluster to join; None starts Ray on this machine, for this machine.
+
+    Raises:
+        RequestError: Ray has fewer CPUs than `number`, or does not start or cannot be reached.
+    """
+
+    def __init__(
+        self,
+        number: int | None = None,
+        most: int | None = None,
+        import_path: Sequence[str] = (),
+        address: str | None = None,
+    ) -> None:
+        self._started = not ray.is_initialized()
+        if self._started:
+            _start_ray(import_path, address)
+        resources = ray.cluster_resources()
+        cpus, gpus = (int(resources.get(kind, 0)) for kind in ("CPU", "GPU"))
+        if number is not None and number > cpus:
+            if self._started:
+                ray.shutdown()
+            raise RequestError(f"workers: {number} workers, but Ray has {cpus} CPUs")
+        self.number = number or max(1, min(gpus or cpus, cpus, most or cpus))
+        self.gpu_share = 1 / -(-self.number // gpus) if gpus else 0.0
+        self._actor = ray.remote(Worker).options(
+            num_cpus=1,
+            num_gpus=self.gpu_share,
+            scheduling_strategy="SPREAD",
+            runtime_env={"env_vars": ENVIRONMENT},
+        )
+        self._import_path = list(import_path)
+        self._app: tuple[Callable[[], ClientApp], int] | None = None
+        self._stored: dict[str, ray.ObjectRef] = {}
+        self._measured: dict[str, Any] = {}
+        self._actors: list[Any] = [self._new_actor() for _ in range(self.number)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers, and Ray if it was started here."""
+        for actor in self._actors:
+            ray.kill(actor)
+        if self._started:
+            ray.shutdown()
+
+    def store(self, key: str, make: Callable[[], Any]) -> ray.ObjectRef:
+        """Put what `make` returns into Ray's object store, once for each key."""
+        if key not in self._stored:
+            self._stored[key] = ray.put(make())
+        return self._stored[key]
+
+    def measure(self, key: str, function: Callable[[], Any]) -> Any:
+        """Return what `function` returns in a worker; it is called once for each key."""
+        if key not in self._measured:
+            self._measured[key] = ray.get(self._actors[0].call.remote(function))
+        return self._measured[key]
+
+    def load(self, make_app: Callable[[], ClientApp], num_clients: int) -> None:
+        """Build a ClientApp in every worker, and in those that will replace one."""
+        self._app = (make_app, num_clients)
+        loading = [actor.load.remote(*self._app) for actor in self._actors]
+        for worker, ref in enumerate(loading):
+            try:
+                ray.get(ref)
+            except DIED:
+                self.replace(worker)
+
+    def run(self, worker: int, *arguments: Any) -> ray.ObjectRef:
+        """Start a share on a worker."""
+        return self._actors[worker].run.remote(*arguments)
+
+    def replace(self, worker: int) -> None:
+        """Put a new process in the place of one that died, or if there is no room one that lives.
+
+        Raises:
+            RuntimeError: no worker is left.
+        """
+        dead = self._actors[worker]
+        if self._lives(dead):  # the process of another place died too, and has been replaced
+            return
+        new = self._new_actor()
+        try:
+            ray.get(self._loaded(new), timeout=_ROOM_SECONDS)
+        except (GetTimeoutError, *DIED):
+            ray.kill(new)
+            new = self._living()
+        self._actors = [new if actor is dead else actor for actor in self._actors]
+
+    def _living(self) -> Any:
+        living = next(filter(self._lives, self._actors), None)
+        if living is None:
+            raise RuntimeError("no worker is left, and Ray has no room for a new one")
+        return living
+
+    def _lives(self, actor: Any) -> bool:
+        try:
+            ray.get(self._loaded(actor))
+        except DIED:
+            return False
+        return True
+
+    def _loaded(self, actor: Any) -> ray.ObjectRef:
+        """Build the present ClientApp in an actor."""
+        make_app, num_clients = self._app or (ClientApp, 0)
+        return actor.load.remote(make_app, num_clients)
+
+    def _new_actor(self) -> Any:
+        return self._actor.remote(self._import_path)
+
+
+def _start_ray(import_path: Sequence[str], address: str | None) -> None:
+    """Start Ray where nobody else reaches it, or join a cluster.
+
+    Raises:
+        RequestError: Ray says why not.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    settings: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": _LOOPBACK}
+    if address is not None:
+        settings = {"address": address}
+        if import_path:  # nobody says that the machines share a file system
+            excluded = ["results", ".git", "*.safetensors"]
+            settings["runtime_env"] = {"working_dir": import_path[0], "excludes": excluded}
+    try:
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **settings)
+    except Exception as error:  # whatever it is that Ray could not do
+        where = "Ray" if address is None else f"--address {address}: Ray"
+        raise RequestError(f"{where} did not start: {one_line(error)}") from None
