@@ -27,7 +27,8 @@ def one_ray() -> Iterator[None]:
 def ray_started(one_ray: None) -> None:
     """A Ray that is kept between tests."""
     if not ray.is_initialized():
-        ray.init(num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+        quiet = {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
+        ray.init("local", num_cpus=4, **quiet)
 
 
 @pytest.fixture

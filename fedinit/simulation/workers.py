@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import ray
 from flwr.clientapp import ClientApp
+from ray._private import ray_constants
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
 from fedinit.errors import RequestError, one_line
@@ -27,7 +28,6 @@ ENVIRONMENT = {
 }
 DIED = (RayActorError, ObjectLostError)  # the process, its node, or what it had made
 _ROOM_SECONDS = 20  # that a new process has to be there, once its place's old one is gone
-_LOOPBACK = "127.0.0.1"
 
 
 class Workers:
@@ -68,7 +68,7 @@ class Workers:
             scheduling_strategy="SPREAD",
             runtime_env={"env_vars": ENVIRONMENT},
         )
-        self._import_path = list(import_path)
+        self._import_path = list(import_path) if address is None else []  # Ray ships the folder
         self._app: tuple[Callable[[], ClientApp], int] | None = None
         self._stored: dict[str, ray.ObjectRef] = {}
         self._measured: dict[str, Any] = {}
@@ -160,7 +160,9 @@ def _start_ray(import_path: Sequence[str], address: str | None) -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    settings: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": _LOOPBACK}
+    # Ray's own switch, off by itself on other systems than Linux: Ray then listens on loopback.
+    ray_constants.ENABLE_RAY_CLUSTER = address is not None
+    settings: dict[str, Any] = {"address": "local", "include_dashboard": False}
     if address is not None:
         settings = {"address": address}
         if import_path:  # nobody says that the machines share a file system
