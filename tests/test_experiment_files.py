@@ -62,7 +62,7 @@ SCALARS = st.one_of(
             "x.safetensors",
             "x.pt",
             "plugged_in:nothing",
-            "os:abort",
+            "os:sep",
             ":",
             "a:",
         ]
