@@ -136,9 +136,11 @@ def load_experiment(
         name = path.stem if beside["name"] is None else beside["name"]
         if not isinstance(name, str) or _slug(name) != name or not name.strip("."):
             raise RequestError(f"name: letters, digits and . _ = , - only, got {name!r}")
-        for key, kind in (("study", str), ("tune", dict)):
-            if not isinstance(beside[key], kind | None):
-                raise RequestError(f"{key}: expected a {kind.__name__}, got {beside[key]!r}")
+        study, tune = beside["study"], beside["tune"]
+        if not isinstance(study, str | None):
+            raise RequestError(f"study: expected a str, got {study!r}")
+        if tune is not None and not _is_settings(tune):
+            raise RequestError(f"tune: expected a dict of keys and values, got {tune!r}")
         folder = path.resolve().parent
         runs = _spell_out(name, folder, raw, grids, rules, fixed)
     except RequestError as error:
@@ -149,8 +151,8 @@ def load_experiment(
         folder=folder,
         varied=list(varied),
         runs=runs,
-        study=beside["study"],
-        tune=beside["tune"],
+        study=study,
+        tune=tune,
     )
 
 

@@ -62,7 +62,7 @@ SCALARS = st.one_of(
             "x.safetensors",
             "x.pt",
             "plugged_in:nothing",
-            "os:abort",
+            "os:sep",
             ":",
             "a:",
         ]
@@ -173,6 +173,7 @@ def test_the_file_is_valid(folder):
 @FREELY
 @given(text=mutated())
 @example(text='"\\x1e": 1')  # a separator that ends a line
+@example(text="{dataset: x, model: y, tune: {0: 1}}")
 def test_mutations_end_in_one_line(text, folder):
     assert judge(folder, text).startswith("fedinit: ")
 
