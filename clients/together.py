@@ -22,8 +22,8 @@ from fedinit.measurements.evaluation import per_example
 from fedinit.problem import Problem
 
 _ROWS = 8  # of each of the two clients that are tried
-# Of their losses and gradients, relative: a ReLU's input that rounding puts on the other side of zero
-# changes nothing in a loss, and a gradient by its share.
+# Of their losses and gradients, relative. Where rounding puts the input of a ReLU on the other side
+# of zero, a loss does not change, and a gradient does.
 _TOLERANCES = 1e-4, 1e-2
 _SIZES = (8, 32, 128)
 _ALONE = 8  # clients whose training one by one is timed
