@@ -1,4 +1,4 @@
-"""A worker: one process that runs its share of the virtual clients, one after another."""
+"""A worker: one process that runs its share of the virtual clients, one by one or many as one."""
 
 import traceback
 from collections import deque
@@ -44,7 +44,7 @@ class Share(NamedTuple):
     """What a worker made of its share.
 
     Attributes:
-        answers: one for each task.
+        answers: one for each task; none for those that a failure left undone.
         sums: over the updates of its train messages.
         reduced: the first node whose content is in the sums alone.
     """
