@@ -48,11 +48,18 @@ class Workspace:
         self.problem = problem.on(device())
         self.layout = problem.layout
         self.start = self._received = torch.empty(0)
-        self._start_views: list[Tensor] = []
         self._start_rest: dict[str, Tensor] = {}
         problem.model.to(memory_format=memory_format)
         parameters = dict(problem.model.named_parameters())
         self.parameters: list[Tensor] = [parameters[name] for name in self.layout.trainable]
+        # Parameters are views of one vector, so that nobody gathers it, where they lie as it does.
+        self._vector = torch.cat([each.detach().reshape(-1) for each in self.parameters])
+        self._apart: list[tuple[Tensor, Tensor]] = []  # the others, with their places
+        for parameter, place in zip(self.parameters, self.layout.views(self._vector), strict=True):
+            if parameter.is_contiguous():
+                parameter.data = place
+            else:
+                self._apart.append((parameter.detach(), place))
         state = problem.model.state_dict()
         self.fixed = {name: state[name] for name in self.layout.fixed}
 
@@ -61,17 +68,20 @@ class Workspace:
         received = self.layout.flatten(arrays)
         if received is not self._received:
             self._received, self.start = received, received.to(device())
-            self._start_views = self.layout.views(self.start)
             rest = self.layout.rest(arrays)
             self._start_rest = {name: value.to(device()) for name, value in rest.items()}
         with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self._start_views)
+            self._vector.copy_(self.start)
+            for parameter, place in self._apart:
+                parameter.copy_(place)
         for name, value in self._start_rest.items():
             self.fixed[name].copy_(value)
 
     def weights(self) -> Tensor:
-        """Return a copy of the trainable parameters as one vector."""
-        return torch.cat([each.detach().reshape(-1) for each in self.parameters])
+        """Return the trainable parameters as one vector, which the next training changes."""
+        for parameter, place in self._apart:
+            place.copy_(parameter)
+        return self._vector
 
     def rest(self) -> dict[str, Tensor]:
         """Return copies of the model's other arrays."""

@@ -19,17 +19,16 @@ from fedinit.parameters import Array, Layout, tensor
 ARRAYS, METRICS, NUM_EXAMPLES = "arrays", "metrics", "num-examples"
 LOCAL_NORM = "local-norm"  # metric of a client whose update counts as D_i / a_i (FedNova)
 
-
-_BLOCK = 1 << 17  # elements of all vectors of a block: in float64 half of a core's cache
-_TOGETHER = 4  # long vectors that go through the sums together
-_GPU_BLOCK = 1 << 25  # likewise on a GPU, where a block costs its launches: 256 MiB in float64
+_TOGETHER = 4  # updates that go through the sums together: one pass through memory serves all
+_BLOCK = 1 << 15  # elements of a block: what is made of it stays in a core's cache
+_GPU_BLOCK = 1 << 22  # likewise on a GPU, where a block costs its launches
 
 
 class Trained(NamedTuple):
     """What a client makes of x in a round, in whatever form it travels.
 
     Attributes:
-        weights: the trained vector y.
+        weights: the trained vector y; it may be the model's own, which the next client changes.
         metrics: `num-examples` and what is averaged with it.
         rest: the model's arrays outside the vector.
         extra: further arrays, by their record's name.
@@ -45,7 +44,7 @@ class Trained(NamedTuple):
         rest = {name: value.cpu() for name, value in self.rest.items()}
         content = RecordDict(
             {
-                ARRAYS: layout.record(self.weights.cpu(), rest),
+                ARRAYS: layout.record(self.weights.to("cpu", copy=True), rest),
                 METRICS: MetricRecord(dict(self.metrics)),
             }
         )
@@ -56,24 +55,36 @@ class Trained(NamedTuple):
 
 @dataclass
 class _Share:
-    """The sums over one process's part of a cohort, float64 vectors.
+    """The sums over one process's part of a cohort.
 
-    With w_i = n_i / a_i, sum w_i D_i = w_1 S + sum (w_i - w_1) D_i: the last sum costs nothing
-    while clients are alike.
+    With w_i = n_i / a_i, sum w_i D_i = w_1 S + sum (w_i - w_1) D_i: the last sum is not there while
+    clients are alike.
     """
 
     first_weight: float  # w_1
-    total: Tensor  # S = sum D_i
-    directions: Tensor | None  # U = sum D_i / ||D_i||
-    unequal: Tensor | None = None  # sum (w_i - w_1) D_i
+    sums: Tensor  # in float64, rows: S = sum D_i; U = sum D_i / ||D_i||; sum (w_i - w_1) D_i
+    alignment: bool  # whether the second row is there
+    uneven: bool = False  # whether the last row is
+
+    @property
+    def total(self) -> Tensor:
+        return self.sums[0]
+
+    @property
+    def directions(self) -> Tensor | None:
+        return self.sums[1] if self.alignment else None
+
+    @property
+    def unequal(self) -> Tensor | None:
+        return self.sums[-1] if self.uneven else None
 
 
 class CohortSums:
     """Sums over updates D_i = x - y_i of clients with n_i examples, in float64.
 
-    A pass through a vector that lies in memory is what a small client's update waits for, and what
-    a large one's mean: vectors go through the sums block by block, long ones several at a time, and
-    merging shares adds nothing up before a result is asked for.
+    A pass through vectors that lie in memory is what takes time here: updates go through the sums
+    block by block and several at a time, and merging shares adds nothing up before a result is
+    asked for.
 
     Args:
         layout: the model's layout; updates are over its trainable arrays.
@@ -92,8 +103,9 @@ class CohortSums:
         self._squared_norms = 0.0  # Q = sum ||D_i||^2
         self._shares: list[_Share] = []
         self._own: _Share | None = None  # the one that is added to
-        self._waiting: list[tuple[Tensor, float]] = []  # y_i and w_i - w_1, not yet in the sums
-        self._sent = self._start = torch.empty(0)  # the x of those that wait, and where they lie
+        self._updates = self._squares = torch.empty(0)  # D_i and ||D_i||^2, not yet in the sums
+        self._waiting: list[float] = []  # their w_i - w_1
+        self._sent = self._start = torch.empty(0)  # x as it was sent, and where the updates lie
 
     def add(self, start: Tensor, reply: RecordDict) -> None:
         """Add one reply to a message that carried the vector `start`.
@@ -116,26 +128,19 @@ class CohortSums:
         self.add_trained(start, Trained(weights, metrics, rest, extra))
 
     def add_trained(self, start: Tensor, trained: Trained) -> None:
-        """Add what a client made of the vector `start`; its arrays must not change afterwards."""
+        """Add what a client made of the vector `start`; its weights may change afterwards."""
         metrics = trained.metrics
         examples = float(metrics[NUM_EXAMPLES])
         weight = examples / metrics.get(LOCAL_NORM, 1.0)
         if self._own is None:
-            total = torch.zeros(len(start), dtype=torch.float64, device=trained.weights.device)
-            self._own = _Share(weight, total, torch.zeros_like(total) if self.alignment else None)
-            self._shares.append(self._own)
+            self._own = self._begin(trained.weights, weight)
         self.clients += 1
         self.examples += examples
         if self._sent is not start:
-            self._sum_waiting()
             self._sent, self._start = start, start.to(trained.weights.device)
-        self._waiting.append((trained.weights, weight - self._own.first_weight))
-        if trained.weights.is_cuda:
-            if len(start) * len(self._waiting) >= _GPU_BLOCK:
-                self._sum_waiting()
-        elif len(start) <= _BLOCK:
-            self._sum_short(self._own)
-        elif len(self._waiting) == _TOGETHER:
+        self._subtract(trained.weights)
+        self._waiting.append(weight - self._own.first_weight)
+        if len(self._waiting) == _TOGETHER:
             self._sum_waiting()
         self._accumulate(self.rest, trained.rest, examples)
         for name, arrays in trained.extra.items():
@@ -144,64 +149,54 @@ class CohortSums:
             if name != NUM_EXAMPLES and isinstance(value, int | float):
                 self.metrics[name] = self.metrics.get(name, 0.0) + examples * value
 
-    def _sum_short(self, share: _Share) -> None:
-        """Let the one vector that waits into the sums: at once, while it is in the cache."""
-        ((weights, unequal),) = self._waiting
-        self._waiting = []
-        update = torch.sub(self._start, weights).double()
-        share.total.add_(update)
-        if share.directions is not None:
-            square = torch.dot(update, update).item()
-            self._squared_norms += square
-            if square > 0:
-                self._moved += 1
-                share.directions.add_(update, alpha=square**-0.5)
-        if unequal:
-            if share.unequal is None:
-                share.unequal = torch.zeros_like(share.total)
-            share.unequal.add_(update, alpha=unequal)
+    def _begin(self, weights: Tensor, first_weight: float) -> _Share:
+        float64 = weights.new_zeros(0, dtype=torch.float64)
+        share = _Share(
+            first_weight, float64.new_zeros(1 + self.alignment, len(weights)), self.alignment
+        )
+        self._shares.append(share)
+        self._updates = weights.new_empty(_TOGETHER, len(weights))
+        self._squares = float64.new_zeros(_TOGETHER)
+        return share
+
+    def _subtract(self, weights: Tensor) -> None:
+        """Put x - y and its squared norm where they wait."""
+        place, width = len(self._waiting), _width(weights)
+        squares = []
+        for start, end, update in zip(
+            *(each.split(width) for each in (self._start, weights, self._updates[place])),
+            strict=True,
+        ):
+            torch.sub(start, end, out=update)
+            if self.alignment:
+                block = update.double()
+                squares.append(torch.dot(block, block))
+        if squares:
+            self._squares[place] = torch.stack(squares).sum()
 
     def _sum_waiting(self) -> None:
-        """Let the vectors that wait into S, Q, U and the sum of unequal weights."""
-        share = self._own
-        if share is None or not self._waiting:
+        """Let the updates that wait into S, Q, U and the sum of unequal weights."""
+        share, unequal = self._own, self._waiting
+        if share is None or not unequal:
             return
-        vectors, unequal = zip(*self._waiting, strict=True)
         self._waiting = []
-        on, on_gpu = self._start.device, self._start.is_cuda
-        width = max(1, (_GPU_BLOCK if on_gpu else _BLOCK) // len(vectors))
-        buffer = torch.empty((len(vectors), 0 if on_gpu else width), dtype=torch.float64)
-        blocks = list(zip(*(each.split(width) for each in (self._start, *vectors)), strict=True))
-
-        def updates(block: Sequence[Tensor]) -> Tensor:
-            start, *ends = block
-            if on_gpu:  # three launches, not one for each vector
-                return torch.sub(start, torch.stack(ends)).double()
-            for row, end in zip(buffer, ends, strict=True):
-                torch.sub(start, end, out=row[: len(end)])
-            return buffer[:, : len(start)]
-
-        ones = torch.ones(len(vectors), dtype=torch.float64, device=on)
-        squares = torch.zeros_like(ones)
-        for block, total in zip(blocks, share.total.split(width), strict=True):
-            found = updates(block)
-            total.addmv_(found.T, ones)
-            if share.directions is not None:
-                squares += torch.linalg.vector_norm(found, dim=1).square_()
-        weighted: list[tuple[Tensor, Tensor]] = []
-        if share.directions is not None:
+        if any(unequal) and not share.uneven:
+            share.sums = torch.cat([share.sums, torch.zeros_like(share.sums[:1])])
+            share.uneven = True
+        squares = self._squares[: len(unequal)]
+        factors = [torch.ones_like(squares)]
+        if self.alignment:
             moved = squares > 0
             self._moved += int(moved.sum())
             self._squared_norms += squares.sum().item()
-            weighted.append((share.directions, torch.where(moved, squares.rsqrt(), 0.0)))
-        if any(unequal):
-            if share.unequal is None:
-                share.unequal = torch.zeros_like(share.total)
-            factors = torch.tensor(unequal, dtype=torch.float64, device=on)
-            weighted.append((share.unequal, factors))
-        for sums, factors in weighted:
-            for block, part in zip(blocks, sums.split(width), strict=True):
-                part.addmv_(updates(block).T, factors)
+            factors.append(torch.where(moved, squares.rsqrt(), 0.0))
+        if share.uneven:
+            factors.append(squares.new_tensor(unequal))
+        weights, width = torch.stack(factors), _width(share.sums)
+        buffer = squares.new_empty(len(unequal), min(width, share.sums.shape[1]))
+        updates = self._updates[: len(unequal)].split(width, dim=1)
+        for block, sums in zip(updates, share.sums.split(width, dim=1), strict=True):
+            sums.addmm_(weights, buffer[:, : block.shape[1]].copy_(block))
 
     def merge(self, other: "CohortSums") -> None:
         """Add another share of the cohort; its vectors are shared with it."""
@@ -237,8 +232,7 @@ class CohortSums:
         return self.__dict__ | {
             "_shares": shares,
             "_own": None,
-            "_sent": None,
-            "_start": None,
+            **dict.fromkeys(("_updates", "_squares", "_sent", "_start")),
             "rest": {name: value.cpu() for name, value in self.rest.items()},
             "extra": {
                 name: {key: value.cpu() for key, value in arrays.items()}
@@ -248,7 +242,7 @@ class CohortSums:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._sent = self._start = torch.empty(0)
+        self._updates = self._squares = self._sent = self._start = torch.empty(0)
         self._shares = [
             _Share(**{name: _exchanged(value) for name, value in share.items()})
             for share in state["_shares"]
@@ -335,6 +329,10 @@ class CohortSums:
 
 def _record(arrays: Mapping[str, Tensor]) -> ArrayRecord:
     return ArrayRecord({key: Array(value.cpu().numpy()) for key, value in arrays.items()})
+
+
+def _width(vectors: Tensor) -> int:
+    return _GPU_BLOCK if vectors.is_cuda else _BLOCK
 
 
 def _combined(terms: Sequence[tuple[Tensor, float]]) -> Iterator[Tensor]:
