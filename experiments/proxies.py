@@ -50,13 +50,19 @@ def train_missing(runs: Iterable[Run], datasets: Datasets, progress: Progress) -
     return list(proxies)
 
 
+def lock_of(path: Path) -> Path:
+    """Return the lock of a file of the cache, in a folder of its own: the cache holds weights."""
+    return path.parent.parent / "locks" / path.with_suffix(".lock").name
+
+
 @contextmanager
 def _alone(path: Path, taken: Callable[[], None]) -> Iterator[None]:
     """Be the one process that writes a file of the cache."""
     with ExitStack() as stack:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(path.with_suffix(".lock"), taken))
+            lock = lock_of(path)
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(lock, taken))
         except OSError as error:
             raise RequestError(f"proxy: cannot write {path}: {error.strerror}") from None
         yield
