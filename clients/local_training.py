@@ -56,7 +56,7 @@ class Workspace:
         self._vector = torch.cat([each.detach().reshape(-1) for each in self.parameters])
         self._apart: list[tuple[Tensor, Tensor]] = []  # the others, with their places
         for parameter, place in zip(self.parameters, self.layout.views(self._vector), strict=True):
-            if parameter.is_contiguous():
+            if parameter.stride() == place.stride():
                 parameter.data = place
             else:
                 self._apart.append((parameter.detach(), place))

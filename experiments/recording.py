@@ -106,16 +106,17 @@ class Recorder:
     def _training(self, sums: CohortSums) -> dict[str, Any]:
         metrics = sums.mean_metrics()
         aggregate = sums.mean_update(out=self._spare)
+        norm = aggregate.norm().item()
         previous, self.previous, self._spare = self.previous, aggregate, self.previous
         return {
             "train_loss": metrics.get("train-loss"),
             "train_accuracy": metrics.get("train-accuracy"),
             "cohort_size": sums.clients,
             "examples": int(sums.examples),
-            "update_norm": aggregate.norm().item(),
+            "update_norm": norm,
             "gradient_diversity": sums.gradient_diversity(),
             "mean_pairwise_cosine": sums.mean_pairwise_cosine(),
-            "cosine_with_previous": _cosine(previous, aggregate),
+            "cosine_with_previous": _cosine(previous, aggregate, norm),
         }
 
 
@@ -185,8 +186,9 @@ def _perplexity(tested: dict[str, float]) -> float | None:
     return float(np.exp(tested["loss"])) if tested else None
 
 
-def _cosine(first: torch.Tensor | None, second: torch.Tensor) -> float:
+def _cosine(first: torch.Tensor | None, second: torch.Tensor, norm: float) -> float:
+    """The cosine of two vectors, of which the second has this norm; NaN without a first."""
     if first is None:
         return math.nan
-    norms = (first.norm() * second.norm()).item()
+    norms = first.norm().item() * norm
     return torch.dot(first, second).item() / norms if norms > 0 else math.nan

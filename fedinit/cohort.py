@@ -19,6 +19,7 @@ from fedinit.parameters import Array, Layout, tensor
 ARRAYS, METRICS, NUM_EXAMPLES = "arrays", "metrics", "num-examples"
 LOCAL_NORM = "local-norm"  # metric of a client whose update counts as D_i / a_i (FedNova)
 
+_SHORT = 1 << 17  # elements of a vector that, in float64, is half of a core's cache
 _TOGETHER = 4  # updates that go through the sums together: one pass through memory serves all
 _BLOCK = 1 << 15  # elements of a block: what is made of it stays in a core's cache
 _GPU_BLOCK = 1 << 22  # likewise on a GPU, where a block costs its launches
@@ -78,12 +79,19 @@ class _Share:
     def unequal(self) -> Tensor | None:
         return self.sums[-1] if self.uneven else None
 
+    def add_unequal(self) -> Tensor:
+        """Return the last row; it is there from now on."""
+        if not self.uneven:
+            self.sums = torch.cat([self.sums, torch.zeros_like(self.sums[:1])])
+            self.uneven = True
+        return self.sums[-1]
+
 
 class CohortSums:
     """Sums over updates D_i = x - y_i of clients with n_i examples, in float64.
 
-    A pass through vectors that lie in memory is what takes time here: updates go through the sums
-    block by block and several at a time, and merging shares adds nothing up before a result is
+    A pass through vectors that lie in memory is what takes time here: long updates go through the
+    sums block by block and several at a time, and merging shares adds nothing up before a result is
     asked for.
 
     Args:
@@ -138,10 +146,14 @@ class CohortSums:
         self.examples += examples
         if self._sent is not start:
             self._sent, self._start = start, start.to(trained.weights.device)
-        self._subtract(trained.weights)
-        self._waiting.append(weight - self._own.first_weight)
-        if len(self._waiting) == _TOGETHER:
-            self._sum_waiting()
+        unequal = weight - self._own.first_weight
+        if len(start) <= _SHORT and not trained.weights.is_cuda:
+            self._sum_short(self._own, trained.weights, unequal)
+        else:
+            self._subtract(trained.weights)
+            self._waiting.append(unequal)
+            if len(self._waiting) == _TOGETHER:
+                self._sum_waiting()
         self._accumulate(self.rest, trained.rest, examples)
         for name, arrays in trained.extra.items():
             self._accumulate(self.extra.setdefault(name, {}), arrays, examples)
@@ -150,18 +162,30 @@ class CohortSums:
                 self.metrics[name] = self.metrics.get(name, 0.0) + examples * value
 
     def _begin(self, weights: Tensor, first_weight: float) -> _Share:
-        float64 = weights.new_zeros(0, dtype=torch.float64)
-        share = _Share(
-            first_weight, float64.new_zeros(1 + self.alignment, len(weights)), self.alignment
-        )
+        sums = weights.new_zeros(1 + self.alignment, len(weights), dtype=torch.float64)
+        share = _Share(first_weight, sums, self.alignment)
         self._shares.append(share)
-        self._updates = weights.new_empty(_TOGETHER, len(weights))
-        self._squares = float64.new_zeros(_TOGETHER)
         return share
+
+    def _sum_short(self, share: _Share, weights: Tensor, unequal: float) -> None:
+        """Let a short vector into the sums at once, while it is in the cache."""
+        update = torch.sub(self._start, weights).double()
+        share.total.add_(update)
+        if share.directions is not None:
+            square = torch.dot(update, update).item()
+            self._squared_norms += square
+            if square > 0:
+                self._moved += 1
+                share.directions.add_(update, alpha=square**-0.5)
+        if unequal:
+            share.add_unequal().add_(update, alpha=unequal)
 
     def _subtract(self, weights: Tensor) -> None:
         """Put x - y and its squared norm where they wait."""
         place, width = len(self._waiting), _width(weights)
+        if not len(self._updates):
+            self._updates = weights.new_empty(_TOGETHER, len(weights))
+            self._squares = weights.new_zeros(_TOGETHER, dtype=torch.float64)
         squares = []
         for start, end, update in zip(
             *(each.split(width) for each in (self._start, weights, self._updates[place])),
@@ -180,9 +204,8 @@ class CohortSums:
         if share is None or not unequal:
             return
         self._waiting = []
-        if any(unequal) and not share.uneven:
-            share.sums = torch.cat([share.sums, torch.zeros_like(share.sums[:1])])
-            share.uneven = True
+        if any(unequal):
+            share.add_unequal()
         squares = self._squares[: len(unequal)]
         factors = [torch.ones_like(squares)]
         if self.alignment:

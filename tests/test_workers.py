@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -93,6 +94,8 @@ class Cluster:
             free.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{free.getsockname()[1]}"
         self._folder = folder
+        # Else whoever starts a Ray on this machine meanwhile joins this cluster.
+        self._environment = os.environ | {"RAY_TMPDIR": tempfile.mkdtemp()}
         self.nodes: list[subprocess.Popen] = []
 
     def add(self) -> None:
@@ -105,7 +108,9 @@ class Cluster:
         command += ["--object-store-memory=200000000", "--disable-usage-stats"]
         with (self._folder / f"node-{len(self.nodes)}.log").open("wb") as log:
             self.nodes.append(
-                subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+                subprocess.Popen(
+                    command, env=self._environment, stdout=log, stderr=log, start_new_session=True
+                )
             )
 
     def kill(self, node: int) -> None:
@@ -123,7 +128,9 @@ class Cluster:
         deadline = time.monotonic() + 90
         command = [BIN / "ray", "status", "--address", self.address]
         while time.monotonic() < deadline:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                command, env=self._environment, capture_output=True, text=True, check=False
+            )
             if f"/{gpus}.0 GPU" in done.stdout:
                 return
             time.sleep(0.5)
