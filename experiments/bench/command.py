@@ -112,25 +112,25 @@ def _record(measured: Measured) -> dict[str, Any]:
 
 
 def _table(name: str, record: dict[str, Any]) -> Table:
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "s/round": lambda each: f"{each['round_seconds']:.3f}",
-        "updates/s": lambda each: f"{each['updates_per_second']:.1f}",
-        f"x {TUNED}": lambda each: (
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "seconds for a round": lambda each: f"{each['round_seconds']:.3f}",
+        f"times the {TUNED}": lambda each: (
             f"{sorted(each['ratios'])[len(each['ratios']) // 2]:.2f} "
             f"({min(each['ratios']):.2f} to {max(each['ratios']):.2f})"
         ),
-        "CPU ms/update": lambda each: f"{1e3 * each['cpu_seconds_per_update']:.2f}",
-        "driver's": lambda each: f"{1e3 * each['driver_cpu_seconds_per_update']:.2f}",
-        "peak GiB": lambda each: f"{each['peak_bytes'] / 2**30:.2f}",
-        "start s": lambda each: f"{each['start_up_seconds']:.1f}",
+        "updates for a second": lambda each: f"{each['updates_per_second']:.1f}",
+        "CPU ms for an update": lambda each: f"{1e3 * each['cpu_seconds_per_update']:.2f}",
+        "of it the driver's": lambda each: f"{1e3 * each['driver_cpu_seconds_per_update']:.2f}",
+        "peak memory, GiB": lambda each: f"{each['peak_bytes'] / 2**30:.2f}",
+        "start-up, seconds": lambda each: f"{each['start_up_seconds']:.1f}",
     }
     rounds = sum(map(len, record["contenders"][RAY_GRID]["seconds"]))
     title = f"{name}: {rounds} rounds in turn, {record['workers']} processes, {_format(record)}"
     table = Table("", title=title)
-    for column in columns:
-        table.add_column(column, justify="right")
-    for contender, each in record["contenders"].items():
-        table.add_row(contender, *(_cell(show, each) for show in columns.values()))
+    for contender in record["contenders"]:
+        table.add_column(contender, justify="right")
+    for row, show in rows.items():
+        table.add_row(row, *(_cell(show, each) for each in record["contenders"].values()))
     return table
 
 
