@@ -182,7 +182,8 @@ def _sgd_step(training: Training, mu: float = 0.0) -> Callable[[], None]:
             directions = torch._foreach_add(directions, points, alpha=settings.weight_decay)
         if settings.momentum:
             for index in used:
-                velocities.setdefault(index, torch.zeros_like(workspace.parameters[index]))
+                if index not in velocities:
+                    velocities[index] = torch.zeros_like(workspace.parameters[index])
             velocity = training.active([velocities[index] for index in used])
             torch._foreach_mul_(velocity, settings.momentum)
             torch._foreach_add_(velocity, directions)

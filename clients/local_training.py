@@ -54,9 +54,12 @@ class Workspace:
         self.parameters: list[Tensor] = [parameters[name] for name in self.layout.trainable]
         # Parameters are views of one vector, so that nobody gathers it, where they lie as it does.
         self._vector = torch.cat([each.detach().reshape(-1) for each in self.parameters])
+        # A GPU's recurrent layers want theirs in a piece of their own.
+        recurrent = any(isinstance(each, torch.nn.RNNBase) for each in problem.model.modules())
+        compact = recurrent and self._vector.is_cuda
         self._apart: list[tuple[Tensor, Tensor]] = []  # the others, with their places
         for parameter, place in zip(self.parameters, self.layout.views(self._vector), strict=True):
-            if parameter.stride() == place.stride():
+            if parameter.stride() == place.stride() and not compact:
                 parameter.data = place
             else:
                 self._apart.append((parameter.detach(), place))
@@ -67,7 +70,7 @@ class Workspace:
         """Reset the model to received weights x; `start` is x until the next load."""
         received = self.layout.flatten(arrays)
         if received is not self._received:
-            self._received, self.start = received, received.to(device())
+            self._received, self.start = received, received.to(self._vector)
             rest = self.layout.rest(arrays)
             self._start_rest = {name: value.to(device()) for name, value in rest.items()}
         with torch.no_grad():

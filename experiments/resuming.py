@@ -99,6 +99,7 @@ class Checkpoints:
                 self._folder.go_on(self._run, position.server_round)
             except (DamagedError, RequestError) as error:
                 self._note(f"  checkpoint {path.name} cannot be used: {error}")
+                path.unlink()  # or it would be one of those kept
                 continue
             restore(self._strategy, strategy)
             self._grid.states.update(states)

@@ -231,14 +231,13 @@ def train(
 
     seed_others(run.seed, at.server_round + 1)
     strategy = Continued(prepared.strategy, at.server_round) if begun else prepared.strategy
-    left = run.rounds - at.server_round
     result = strategy.start(
         grid,
         at.arrays,
-        num_rounds=left,
+        num_rounds=run.rounds - at.server_round,
         timeout=_NO_TIMEOUT,
         train_config=at.configs[0],
         evaluate_config=at.configs[1],
         evaluate_fn=recorded,
     )
-    return result.arrays if left else at.arrays
+    return result.arrays if len(result.arrays) else at.arrays  # nothing was aggregated since

@@ -78,11 +78,12 @@ class Simulation:
     def settled(self, workers: Workers, datasets: Datasets) -> "Simulation":
         """Return this run with each `auto` of `SETTLED` replaced by what a worker measured.
 
-        It is measured once for each model, shape of rows and batch size, so arms of a pair agree.
+        Measured once for each model, loss, shape of rows and batch size: arms of a pair agree.
         """
         run = self.run
         shape = tuple(self.problem.dataset.inputs.shape[1:])
-        work = [run.model, run.model_args, run.trainable, shape, run.client.batch_size]
+        model = [run.model, run.model_args, run.trainable, run.loss, run.loss_args]
+        work = [*model, shape, run.client.batch_size]
 
         def measured(run: Run, name: str, function: Callable[..., Any], *key: Any) -> Run:
             text = json.dumps([name, *work, *key], sort_keys=True, default=str)

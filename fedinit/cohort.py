@@ -1,7 +1,7 @@
 """Running sums over a cohort's updates: the weighted mean, and how the updates align.
 
 The sums are associative, so a cohort may be reduced in one worker, in several, or client by client.
-Memory is a few parameter vectors, whatever the cohort's size.
+Memory is a few parameter vectors for each process that reduces, whatever the cohort's size.
 """
 
 import math

@@ -159,6 +159,12 @@ class RunFolder:
         """The checkpoints, the newest first."""
         return sorted((self.path / "checkpoints").glob("round-*.safetensors"), reverse=True)
 
+    def _keep_lines(self) -> None:
+        """See the lines onto the disk: no ending may outlive them."""
+        with writing(self.path):
+            if (self.path / "rounds.jsonl").exists():
+                _sync(self.path / "rounds.jsonl")
+
     def _forget_checkpoints(self) -> None:
         if (self.path / "checkpoints").exists():
             shutil.rmtree(self.path / "checkpoints")
@@ -191,6 +197,7 @@ class RunFolder:
     def finish(self, weights: dict[str, torch.Tensor]) -> None:
         """Write the final weights; after this the run is done."""
         contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+        self._keep_lines()
         write_atomically(self.path / "final.safetensors", save(contiguous))
         with writing(self.path):
             self._forget_checkpoints()
@@ -204,6 +211,7 @@ class RunFolder:
     def diverge(self, server_round: int, reason: str) -> None:
         """Record in which round the run diverged; nothing is to be learned from it any more."""
         ending = {"round": server_round, "reason": reason}
+        self._keep_lines()
         write_atomically(self.path / "diverged.json", to_json(ending).encode())
         with writing(self.path):
             self._forget_checkpoints()

@@ -1,6 +1,8 @@
 """A strategy that goes on in mid-run: its rounds counted on, and its state saved and set back."""
 
 from collections.abc import Iterable
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -9,6 +11,8 @@ from flwr.serverapp.strategy import Strategy
 
 from fedinit.checkpoints import UnsavableError
 from fedinit.parameters import Layout
+
+_MADE_ANEW = (FunctionType, BuiltinFunctionType, MethodType, partial, type, Layout)
 
 
 class Continued(Strategy):
@@ -56,8 +60,8 @@ def state_of(strategy: Strategy) -> Any:
     """Return what a strategy has to remember from round to round, as plain data and tensors.
 
     Its `state_dict()` if it has one. Otherwise its attributes, as Flower's own strategies keep
-    their state in these; a strategy that wraps another is saved with it. Functions and layouts are
-    left out: they are made anew as they were.
+    their state in these; a strategy that wraps another is saved with it. Functions, classes and
+    layouts are left out: they are made anew as they were.
 
     Raises:
         UnsavableError: it has a `start` of its own, whose place in mid-run nobody knows.
@@ -69,7 +73,7 @@ def state_of(strategy: Strategy) -> Any:
     return {
         name: state_of(value) if isinstance(value, Strategy) else value
         for name, value in vars(strategy).items()
-        if not callable(value) and not isinstance(value, Layout)
+        if not isinstance(value, _MADE_ANEW)
     }
 
 

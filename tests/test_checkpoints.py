@@ -11,6 +11,7 @@ import torch
 from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
 from safetensors.torch import load
 
 from experiments.running import execute
@@ -20,6 +21,7 @@ from fedinit.checkpoints import DamagedError, UnsavableError, decode, encode
 from fedinit.config import make_run
 from fedinit.results import DONE, RunFolder
 from fedinit.simulation import RayGrid, Workers
+from strategies.continuing import state_of
 
 RUN = {
     "dataset": "plugged_in:gaussians",
@@ -321,3 +323,13 @@ def test_what_a_checkpoint_cannot_hold_is_named(unsavable):
 def test_no_checkpoint_is_no_checkpoint(tmp_path):
     with pytest.raises(DamagedError, match="not readable"):
         decode(tmp_path / "missing.safetensors")
+
+
+def test_a_strategy_that_keeps_what_cannot_be_saved_is_not_taken_for_saved():
+    """A module that a server trains is part of its state, callable or not; functions are not."""
+    strategy = FedAvg()
+    strategy.weigh = max
+    encode(state_of(strategy))
+    strategy.generator = torch.nn.Linear(2, 2)
+    with pytest.raises(UnsavableError, match="generator is a Linear"):
+        encode(state_of(strategy))

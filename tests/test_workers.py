@@ -59,13 +59,20 @@ def test_a_share_whose_worker_is_killed_is_done_again(deaths, undisturbed, final
     assert numbers(run) == numbers(undisturbed)
 
 
-def test_three_deaths_on_a_share_end_the_run(fedinit, experiment, ray_started, tmp_path):
-    """One worker, so that all three are on the same share; its clients are named."""
-    file = experiment(mortal(tmp_path / "noted", deaths=100) | {"workers": 1})
+def test_three_deaths_on_a_share_end_the_run_and_the_next_goes_on(
+    fedinit, experiment, ray_started, tmp_path
+):
+    """One worker, so that all three are on the same share; its clients are named.
+
+    The next run has another batch size, so it is measured first, by a process that is not there.
+    """
+    settings = mortal(tmp_path / "noted", deaths=3) | {"workers": 1}
+    file = experiment(settings | {"grid": {"client.batch_size": [4, 2]}})
     assert fedinit("run", file, "--out", tmp_path / "out").exit_code == 1
-    [run] = json.loads((tmp_path / "out" / "summary.json").read_text())["runs"]
-    assert run["status"] == "failed"
-    assert "3 workers died on the same share, of clients 0 'client 0', 1 'client 1'" in run["error"]
+    failed, done = json.loads((tmp_path / "out" / "summary.json").read_text())["runs"]
+    assert (failed["status"], done["status"]) == ("failed", "done")
+    named = "3 workers died on the same share, of clients 0 'client 0', 1 'client 1'"
+    assert named in failed["error"]
     assert len(list((tmp_path / "noted").glob("death-*"))) == 3
 
 

@@ -4,7 +4,6 @@ A process of one thread for each worker; each trains its part of the cohort, one
 another, on a kept model whose parameters are views of one vector, and sums in shared memory.
 """
 
-import os
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
@@ -15,10 +14,10 @@ import torch
 from torch import Tensor, multiprocessing
 
 from clients.memory_format import MEMORY_FORMATS
+from fedinit import simulation
 from fedinit.config import Run
 from fedinit.data import FederatedDataset
 from fedinit.problem import Problem, build_problem
-from fedinit.simulation import assign
 
 Columns = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -46,20 +45,18 @@ class BareLoop:
         self._pipes: list[Connection] = []
         data = problem.dataset
         columns = (data.inputs, data.targets, data.test_inputs, data.test_targets)
-        kept = dict(os.environ)
-        os.environ.update(environment or {})
-        for index in range(processes):
-            ours, theirs = context.Pipe()
-            arguments = (theirs, self._barrier, self._x, self._sums[index], run, columns)
-            process = context.Process(
-                target=_work, args=(*arguments, data.owners.rows, data.owners.offsets), daemon=True
-            )
-            process.start()
-            self.processes.append(psutil.Process(process.pid))
-            self._pipes.append(ours)
-        for name in environment or {}:
-            del os.environ[name]
-        os.environ.update(kept)
+        with simulation.environment(environment or {}):
+            for index in range(processes):
+                ours, theirs = context.Pipe()
+                arguments = (theirs, self._barrier, self._x, self._sums[index], run, columns)
+                process = context.Process(
+                    target=_work,
+                    args=(*arguments, data.owners.rows, data.owners.offsets),
+                    daemon=True,
+                )
+                process.start()
+                self.processes.append(psutil.Process(process.pid))
+                self._pipes.append(ours)
         self._x.copy_(self._pipes[0].recv())
         for pipe in self._pipes[1:]:
             pipe.recv()
@@ -67,7 +64,9 @@ class BareLoop:
     def round(self, cohort: Sequence[int]) -> None:
         """Train a cohort, dealt by the clients' sizes, and average by them."""
         sizes = self._sizes[list(cohort)]
-        for pipe, share in zip(self._pipes, assign(sizes.tolist(), len(self._pipes)), strict=True):
+        for pipe, share in zip(
+            self._pipes, simulation.assign(sizes.tolist(), len(self._pipes)), strict=True
+        ):
             pipe.send([cohort[index] for index in share])
         self._barrier.wait()
         self._x.copy_(self._sums.sum(0).div_(int(sizes.sum())))

@@ -17,6 +17,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+from ray.exceptions import RayTaskError
 
 from fedinit.cohort import ARRAYS, CohortSums
 from fedinit.errors import one_line
@@ -227,6 +228,8 @@ class RayGrid(Grid):
                     share: Share = ray.get(ref)
                 except DIED as error:
                     self._start_again(sent, error)
+                except RayTaskError as error:  # the worker's own, without Ray's account of it
+                    raise error.cause from None
                 else:
                     self._take(share, sent)
             if len(done) < len(waiting):  # the time is up

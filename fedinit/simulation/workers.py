@@ -7,13 +7,20 @@ a place, and so every result, stays the same.
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import ray
 from flwr.clientapp import ClientApp
 from ray._private import ray_constants
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+)
 
 from fedinit.errors import RequestError, one_line
 from fedinit.simulation.worker import Worker
@@ -26,8 +33,10 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
 }
-DIED = (RayActorError, ObjectLostError)  # the process, its node, or what it had made
-_ROOM_SECONDS = 20  # that a new process has to be there, once its place's old one is gone
+# The process, its node, or what it had made.
+DIED = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
+_ROOM_SECONDS = 20  # that a new process has to be there before one that lives takes its place
+_PATIENCE = 300  # seconds that a process may take to start where there is no other
 
 
 class Workers:
@@ -62,14 +71,16 @@ class Workers:
             raise RequestError(f"workers: {number} workers, but Ray has {cpus} CPUs")
         self.number = number or max(1, min(gpus or cpus, cpus, most or cpus))
         self.gpu_share = 1 / -(-self.number // gpus) if gpus else 0.0
+        without = address is not None or not self._started  # Ray was started without ENVIRONMENT
         self._actor = ray.remote(Worker).options(
             num_cpus=1,
             num_gpus=self.gpu_share,
             scheduling_strategy="SPREAD",
-            runtime_env={"env_vars": ENVIRONMENT},
+            runtime_env={"env_vars": ENVIRONMENT} if without else None,
         )
         self._import_path = list(import_path) if address is None else []  # Ray ships the folder
         self._app: tuple[Callable[[], ClientApp], int] | None = None
+        self._placed = False
         self._stored: dict[str, ray.ObjectRef] = {}
         self._measured: dict[str, Any] = {}
         self._actors: list[Any] = [self._new_actor() for _ in range(self.number)]
@@ -96,12 +107,20 @@ class Workers:
     def measure(self, key: str, function: Callable[[], Any]) -> Any:
         """Return what `function` returns in a worker; it is called once for each key."""
         if key not in self._measured:
-            self._measured[key] = ray.get(self._actors[0].call.remote(function))
+            self._wait_for_room()
+            try:
+                found = ray.get(self._actors[0].call.remote(function))
+            except DIED:
+                self._app = None  # the last run's: it may be what the process died of
+                self.replace(0)
+                found = ray.get(self._actors[0].call.remote(function))
+            self._measured[key] = found
         return self._measured[key]
 
     def load(self, make_app: Callable[[], ClientApp], num_clients: int) -> None:
         """Build a ClientApp in every worker, and in those that will replace one."""
         self._app = (make_app, num_clients)
+        self._wait_for_room()
         loading = [actor.load.remote(*self._app) for actor in self._actors]
         for worker, ref in enumerate(loading):
             try:
@@ -123,18 +142,35 @@ class Workers:
         if self._lives(dead):  # the process of another place died too, and has been replaced
             return
         new = self._new_actor()
+        loading = self._loaded(new)
         try:
-            ray.get(self._loaded(new), timeout=_ROOM_SECONDS)
+            ray.get(loading, timeout=_ROOM_SECONDS)
         except (GetTimeoutError, *DIED):
-            ray.kill(new)
-            new = self._living()
+            living = next(filter(self._lives, self._actors), None)
+            if living is not None:
+                ray.kill(new)
+                new = living
+            else:  # it may be slow, and not without room
+                self._patiently(loading, "no worker is left, and Ray has no room for a new one")
         self._actors = [new if actor is dead else actor for actor in self._actors]
 
-    def _living(self) -> Any:
-        living = next(filter(self._lives, self._actors), None)
-        if living is None:
-            raise RuntimeError("no worker is left, and Ray has no room for a new one")
-        return living
+    def _wait_for_room(self) -> None:
+        """Wait for the first processes: others may have taken a cluster's CPUs.
+
+        Raises:
+            RuntimeError: they are not there in time.
+        """
+        if not self._placed:
+            starting = [actor.call.remote(int) for actor in self._actors]
+            self._patiently(starting, f"workers: Ray has no room for {self.number} workers now")
+            self._placed = True
+
+    @staticmethod
+    def _patiently(refs: Any, otherwise: str) -> None:
+        try:
+            ray.get(refs, timeout=_PATIENCE)
+        except (GetTimeoutError, *DIED):
+            raise RuntimeError(otherwise) from None
 
     def _lives(self, actor: Any) -> bool:
         try:
@@ -152,6 +188,19 @@ class Workers:
         return self._actor.remote(self._import_path)
 
 
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Let processes that are started meanwhile have these environment variables."""
+    kept = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            del os.environ[name]
+        os.environ.update(kept)
+
+
 def _start_ray(import_path: Sequence[str], address: str | None) -> None:
     """Start Ray where nobody else reaches it, or join a cluster.
 
@@ -160,16 +209,19 @@ def _start_ray(import_path: Sequence[str], address: str | None) -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Waiting, Ray looks for signals once a second by itself: two Ctrl-C within it were one.
+    os.environ.setdefault("RAY_get_check_signal_interval_milliseconds", "50")
     # Ray's own switch, off by itself on other systems than Linux: Ray then listens on loopback.
     ray_constants.ENABLE_RAY_CLUSTER = address is not None
     settings: dict[str, Any] = {"address": "local", "include_dashboard": False}
     if address is not None:
         settings = {"address": address}
         if import_path:  # nobody says that the machines share a file system
-            excluded = ["results", ".git", "*.safetensors"]
+            excluded = ["results", ".git", "*.safetensors", "*.parquet", "*.arrow", "*.jsonl"]
             settings["runtime_env"] = {"working_dir": import_path[0], "excludes": excluded}
     try:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, **settings)
+        with environment(ENVIRONMENT if address is None else {}):
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, **settings)
     except Exception as error:  # whatever it is that Ray could not do
         where = "Ray" if address is None else f"--address {address}: Ray"
         raise RequestError(f"{where} did not start: {one_line(error)}") from None
