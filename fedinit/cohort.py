@@ -19,10 +19,12 @@ from fedinit.parameters import Array, Layout, tensor
 ARRAYS, METRICS, NUM_EXAMPLES = "arrays", "metrics", "num-examples"
 LOCAL_NORM = "local-norm"  # metric of a client whose update counts as D_i / a_i (FedNova)
 
-_SHORT = 1 << 17  # elements of a vector that, in float64, is half of a core's cache
 _TOGETHER = 4  # updates that go through the sums together: one pass through memory serves all
-_BLOCK = 1 << 15  # elements of a block: what is made of it stays in a core's cache
+_BLOCK = 1 << 16  # elements of a block: what is made of it stays in a core's cache
 _GPU_BLOCK = 1 << 22  # likewise on a GPU, where a block costs its launches
+
+# Room that waits for updates: the kernel's first touch of new memory costs more than the sums.
+_spare: list[Tensor] = []
 
 
 class Trained(NamedTuple):
@@ -90,9 +92,9 @@ class _Share:
 class CohortSums:
     """Sums over updates D_i = x - y_i of clients with n_i examples, in float64.
 
-    A pass through vectors that lie in memory is what takes time here: long updates go through the
-    sums block by block and several at a time, and merging shares adds nothing up before a result is
-    asked for.
+    A pass through vectors that lie in memory is what takes time here: updates go through the sums
+    block by block and a few at a time, added up in their own dtype first, which loses less than the
+    subtraction did; and merging shares adds nothing up before a result is asked for.
 
     Args:
         layout: the model's layout; updates are over its trainable arrays.
@@ -146,14 +148,10 @@ class CohortSums:
         self.examples += examples
         if self._sent is not start:
             self._sent, self._start = start, start.to(trained.weights.device)
-        unequal = weight - self._own.first_weight
-        if len(start) <= _SHORT and not trained.weights.is_cuda:
-            self._sum_short(self._own, trained.weights, unequal)
-        else:
-            self._subtract(trained.weights)
-            self._waiting.append(unequal)
-            if len(self._waiting) == _TOGETHER:
-                self._sum_waiting()
+        self._subtract(trained.weights)
+        self._waiting.append(weight - self._own.first_weight)
+        if len(self._waiting) == _TOGETHER:
+            self._sum_waiting()
         self._accumulate(self.rest, trained.rest, examples)
         for name, arrays in trained.extra.items():
             self._accumulate(self.extra.setdefault(name, {}), arrays, examples)
@@ -167,24 +165,11 @@ class CohortSums:
         self._shares.append(share)
         return share
 
-    def _sum_short(self, share: _Share, weights: Tensor, unequal: float) -> None:
-        """Let a short vector into the sums at once, while it is in the cache."""
-        update = torch.sub(self._start, weights).double()
-        share.total.add_(update)
-        if share.directions is not None:
-            square = torch.dot(update, update).item()
-            self._squared_norms += square
-            if square > 0:
-                self._moved += 1
-                share.directions.add_(update, alpha=square**-0.5)
-        if unequal:
-            share.add_unequal().add_(update, alpha=unequal)
-
     def _subtract(self, weights: Tensor) -> None:
         """Put x - y and its squared norm where they wait."""
         place, width = len(self._waiting), _width(weights)
-        if not len(self._updates):
-            self._updates = weights.new_empty(_TOGETHER, len(weights))
+        if not place:
+            self._updates = _room(weights)
             self._squares = weights.new_zeros(_TOGETHER, dtype=torch.float64)
         squares = []
         for start, end, update in zip(
@@ -193,10 +178,9 @@ class CohortSums:
         ):
             torch.sub(start, end, out=update)
             if self.alignment:
-                block = update.double()
-                squares.append(torch.dot(block, block))
+                squares.append(torch.dot(update, update))
         if squares:
-            self._squares[place] = torch.stack(squares).sum()
+            self._squares[place] = torch.stack(squares).sum(dtype=torch.float64)
 
     def _sum_waiting(self) -> None:
         """Let the updates that wait into S, Q, U and the sum of unequal weights."""
@@ -215,11 +199,14 @@ class CohortSums:
             factors.append(torch.where(moved, squares.rsqrt(), 0.0))
         if share.uneven:
             factors.append(squares.new_tensor(unequal))
-        weights, width = torch.stack(factors), _width(share.sums)
-        buffer = squares.new_empty(len(unequal), min(width, share.sums.shape[1]))
-        updates = self._updates[: len(unequal)].split(width, dim=1)
-        for block, sums in zip(updates, share.sums.split(width, dim=1), strict=True):
-            sums.addmm_(weights, buffer[:, : block.shape[1]].copy_(block))
+        updates, width = self._updates[: len(unequal)], _width(share.sums)
+        weights = torch.stack(factors).to(updates)
+        for block, sums in zip(
+            updates.split(width, dim=1), share.sums.split(width, dim=1), strict=True
+        ):
+            sums.add_(weights @ block)
+        _spare[:] = [self._updates]
+        self._updates = torch.empty(0)
 
     def merge(self, other: "CohortSums") -> None:
         """Add another share of the cohort; its vectors are shared with it."""
@@ -352,6 +339,19 @@ class CohortSums:
 
 def _record(arrays: Mapping[str, Tensor]) -> ArrayRecord:
     return ArrayRecord({key: Array(value.cpu().numpy()) for key, value in arrays.items()})
+
+
+def _room(weights: Tensor) -> Tensor:
+    """Return room for updates that wait."""
+    fitting = [
+        each
+        for each in _spare
+        if each.shape[1:] == weights.shape
+        and each.dtype == weights.dtype
+        and each.device == weights.device
+    ]
+    _spare.clear()
+    return fitting[0] if fitting else weights.new_empty(_TOGETHER, *weights.shape)
 
 
 def _width(vectors: Tensor) -> int:
