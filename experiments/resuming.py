@@ -73,7 +73,7 @@ class Checkpoints:
             content = encode(
                 {
                     "position": vars(position),
-                    # One vector that all clients share is summed in larger groups than arrays are.
+                    # Read as one vector again, x is not gathered anew for each client.
                     "in_one_vector": getattr(position.arrays, "flat", None) is not None,
                     "strategy": state_of(self._strategy),
                     "states": self._grid.states,
@@ -91,15 +91,18 @@ class Checkpoints:
 
         Returns:
             Where the run goes on; None: at its beginning.
+
+        Raises:
+            RequestError: the model is no longer the checkpoint's.
         """
         for path in self._folder.checkpoints:
             try:
                 content = decode(path)
                 position, strategy, states, workers = self._read(content)
                 self._folder.go_on(self._run, position.server_round)
-            except (DamagedError, RequestError) as error:
+            except DamagedError as error:
                 self._note(f"  checkpoint {path.name} cannot be used: {error}")
-                path.unlink()  # or it would be one of those kept
+                self._folder.set_aside(path)
                 continue
             restore(self._strategy, strategy)
             self._grid.states.update(states)

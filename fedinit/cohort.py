@@ -19,8 +19,9 @@ from fedinit.parameters import Array, Layout, tensor
 ARRAYS, METRICS, NUM_EXAMPLES = "arrays", "metrics", "num-examples"
 LOCAL_NORM = "local-norm"  # metric of a client whose update counts as D_i / a_i (FedNova)
 
+_SHORT = 1 << 17  # elements of a vector that, in float64, is half of a core's cache
 _TOGETHER = 4  # updates that go through the sums together: one pass through memory serves all
-_BLOCK = 1 << 16  # elements of a block: what is made of it stays in a core's cache
+_BLOCK = 1 << 15  # elements of a block: what is made of it stays in a core's cache
 _GPU_BLOCK = 1 << 22  # likewise on a GPU, where a block costs its launches
 
 # Room that waits for updates: the kernel's first touch of new memory costs more than the sums.
@@ -92,9 +93,9 @@ class _Share:
 class CohortSums:
     """Sums over updates D_i = x - y_i of clients with n_i examples, in float64.
 
-    A pass through vectors that lie in memory is what takes time here: updates go through the sums
-    block by block and a few at a time, added up in their own dtype first, which loses less than the
-    subtraction did; and merging shares adds nothing up before a result is asked for.
+    A pass through vectors that lie in memory is what takes time here: long updates go through the
+    sums block by block and several at a time, and merging shares adds nothing up before a result is
+    asked for.
 
     Args:
         layout: the model's layout; updates are over its trainable arrays.
@@ -144,26 +145,43 @@ class CohortSums:
         weight = examples / metrics.get(LOCAL_NORM, 1.0)
         if self._own is None:
             self._own = self._begin(trained.weights, weight)
-        self.clients += 1
-        self.examples += examples
         if self._sent is not start:
             self._sent, self._start = start, start.to(trained.weights.device)
-        self._subtract(trained.weights)
-        self._waiting.append(weight - self._own.first_weight)
-        if len(self._waiting) == _TOGETHER:
-            self._sum_waiting()
+        unequal = weight - self._own.first_weight
+        if len(start) <= _SHORT and not trained.weights.is_cuda:
+            self._sum_short(self._own, trained.weights, unequal)
+        else:
+            self._subtract(trained.weights)
+            self._waiting.append(unequal)
+            if len(self._waiting) == _TOGETHER:
+                self._sum_waiting()
         self._accumulate(self.rest, trained.rest, examples)
         for name, arrays in trained.extra.items():
             self._accumulate(self.extra.setdefault(name, {}), arrays, examples)
         for name, value in metrics.items():
             if name != NUM_EXAMPLES and isinstance(value, int | float):
                 self.metrics[name] = self.metrics.get(name, 0.0) + examples * value
+        self.clients += 1
+        self.examples += examples
 
     def _begin(self, weights: Tensor, first_weight: float) -> _Share:
         sums = weights.new_zeros(1 + self.alignment, len(weights), dtype=torch.float64)
         share = _Share(first_weight, sums, self.alignment)
         self._shares.append(share)
         return share
+
+    def _sum_short(self, share: _Share, weights: Tensor, unequal: float) -> None:
+        """Let a short vector into the sums at once, while it is in the cache."""
+        update = torch.sub(self._start, weights).double()
+        share.total.add_(update)
+        if share.directions is not None:
+            square = torch.dot(update, update).item()
+            self._squared_norms += square
+            if square > 0:
+                self._moved += 1
+                share.directions.add_(update, alpha=square**-0.5)
+        if unequal:
+            share.add_unequal().add_(update, alpha=unequal)
 
     def _subtract(self, weights: Tensor) -> None:
         """Put x - y and its squared norm where they wait."""
@@ -178,9 +196,10 @@ class CohortSums:
         ):
             torch.sub(start, end, out=update)
             if self.alignment:
-                squares.append(torch.dot(update, update))
+                block = update.double()
+                squares.append(torch.dot(block, block))
         if squares:
-            self._squares[place] = torch.stack(squares).sum(dtype=torch.float64)
+            self._squares[place] = torch.stack(squares).sum()
 
     def _sum_waiting(self) -> None:
         """Let the updates that wait into S, Q, U and the sum of unequal weights."""
@@ -199,12 +218,11 @@ class CohortSums:
             factors.append(torch.where(moved, squares.rsqrt(), 0.0))
         if share.uneven:
             factors.append(squares.new_tensor(unequal))
-        updates, width = self._updates[: len(unequal)], _width(share.sums)
-        weights = torch.stack(factors).to(updates)
-        for block, sums in zip(
-            updates.split(width, dim=1), share.sums.split(width, dim=1), strict=True
-        ):
-            sums.add_(weights @ block)
+        weights, width = torch.stack(factors), _width(share.sums)
+        buffer = squares.new_empty(len(unequal), min(width, share.sums.shape[1]))
+        updates = self._updates[: len(unequal)].split(width, dim=1)
+        for block, sums in zip(updates, share.sums.split(width, dim=1), strict=True):
+            sums.addmm_(weights, buffer[:, : block.shape[1]].copy_(block))
         _spare[:] = [self._updates]
         self._updates = torch.empty(0)
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
+from fedinit.checkpoints import DamagedError
 from fedinit.config import Run, get, make_run, to_yaml
 from fedinit.errors import RequestError, WriteError, one_line
 from fedinit.experiment_file import Experiment, read_settings
@@ -121,7 +122,7 @@ class RunFolder:
         """Take the run up again after a round: later lines are cut, and how it had ended.
 
         Raises:
-            RequestError: the lines up to that round are not all there.
+            DamagedError: the lines up to that round are not all there.
         """
         path, kept = self.path / "rounds.jsonl", server_round + 1
         lines = path.read_bytes().split(b"\n")[:kept] if path.exists() else []
@@ -130,7 +131,7 @@ class RunFolder:
         except ValueError:
             found = []
         if found != list(range(kept)):
-            raise RequestError(f"{path} does not hold rounds 0 to {server_round}")
+            raise DamagedError(f"{path} does not hold rounds 0 to {server_round}")
         write_atomically(path, b"\n".join([*lines, b""]))
         write_atomically(self.path / "run.yaml", to_yaml(run).encode())
         with writing(self.path):
@@ -159,8 +160,13 @@ class RunFolder:
         """The checkpoints, the newest first."""
         return sorted((self.path / "checkpoints").glob("round-*.safetensors"), reverse=True)
 
+    def set_aside(self, checkpoint: Path) -> None:
+        """Keep a checkpoint that cannot be used from being one of the last two."""
+        with writing(checkpoint):
+            checkpoint.replace(checkpoint.with_suffix(".unusable"))
+
     def _keep_lines(self) -> None:
-        """See the lines onto the disk: no ending may outlive them."""
+        """Wait until the lines are on the disk: no ending may be there before them."""
         with writing(self.path):
             if (self.path / "rounds.jsonl").exists():
                 _sync(self.path / "rounds.jsonl")

@@ -5,6 +5,7 @@ from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -12,7 +13,10 @@ from flwr.serverapp.strategy import Strategy
 from fedinit.checkpoints import UnsavableError
 from fedinit.parameters import Layout
 
-_MADE_ANEW = (FunctionType, BuiltinFunctionType, MethodType, partial, type, Layout)
+_MADE_ANEW = (
+    *(FunctionType, BuiltinFunctionType, MethodType, partial, type, Layout),
+    *(np.ufunc, type(np.mean)),  # NumPy's functions
+)
 
 
 class Continued(Strategy):

@@ -78,6 +78,10 @@ def dropout_classifier(num_classes: int) -> nn.Module:
 dropout_classifier.head = "3"
 
 
+def small_classifier(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, num_classes))
+
+
 class HalfStep(FedAvg):
     """A user's own strategy: Flower's FedAvg that goes only half of the way."""
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from itertools import count
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from experiments.stopping import Stop, StoppedError
 from experiments.wiring import Datasets, simulation
 from fedinit.checkpoints import DamagedError, UnsavableError, decode, encode
 from fedinit.config import make_run
+from fedinit.errors import RequestError
 from fedinit.results import DONE, RunFolder
 from fedinit.simulation import RayGrid, Workers
 from strategies.continuing import state_of
@@ -244,6 +246,15 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, broken, carry_
     assert "checkpoint round-000004.safetensors cannot be used" in said
     assert "goes on after round 2" in said
     assert outcome(folder) == expected
+
+
+def test_another_models_checkpoints_are_not_thrown_away(broken, carry_out, tmp_path):
+    """As where the code of a model of one's own was changed since."""
+    folder, _ = broken
+    before = outcome(folder)
+    with pytest.raises(RequestError, match=re.escape("0.weight")):
+        carry_out(RUN | {"model": "plugged_in:small_classifier"}, folder)
+    assert outcome(folder) == before
 
 
 def test_without_a_whole_checkpoint_it_begins_again(broken, carry_out):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -74,6 +75,20 @@ def test_three_deaths_on_a_share_end_the_run_and_the_next_goes_on(
     named = "3 workers died on the same share, of clients 0 'client 0', 1 'client 1'"
     assert named in failed["error"]
     assert len(list((tmp_path / "noted").glob("death-*"))) == 3
+
+
+def test_a_process_that_dies_at_the_start_is_replaced(ray_started):
+    """Before anybody has used it: nothing is missing but the process."""
+    with Workers(1) as workers:
+        first = ray.get(workers._actors[0].call.remote(os.getpid))
+        os.kill(first, signal.SIGKILL)
+        assert psutil.Process(workers.measure("process", os.getpid)).pid != first
+
+
+def test_what_a_worker_raises_is_raised_as_it_is(ray_started):
+    with Workers(1) as workers, pytest.raises(ZeroDivisionError) as raised:
+        workers.measure("nothing", lambda: 1 // 0)
+    assert str(raised.value) == "integer division or modulo by zero"
 
 
 def test_nothing_listens_beyond_loopback(experiment, tmp_path):

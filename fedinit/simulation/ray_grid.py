@@ -17,7 +17,6 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
-from ray.exceptions import RayTaskError
 
 from fedinit.cohort import ARRAYS, CohortSums
 from fedinit.errors import one_line
@@ -225,11 +224,9 @@ class RayGrid(Grid):
             for ref in done:
                 sent = self._under_way.pop(ref)
                 try:
-                    share: Share = ray.get(ref)
+                    share: Share = self._workers.result(ref)
                 except DIED as error:
                     self._start_again(sent, error)
-                except RayTaskError as error:  # the worker's own, without Ray's account of it
-                    raise error.cause from None
                 else:
                     self._take(share, sent)
             if len(done) < len(waiting):  # the time is up

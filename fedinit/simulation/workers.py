@@ -20,6 +20,7 @@ from ray.exceptions import (
     ObjectLostError,
     OutOfMemoryError,
     RayActorError,
+    RayTaskError,
 )
 
 from fedinit.errors import RequestError, one_line
@@ -105,32 +106,44 @@ class Workers:
         return self._stored[key]
 
     def measure(self, key: str, function: Callable[[], Any]) -> Any:
-        """Return what `function` returns in a worker; it is called once for each key."""
+        """Return what `function` returns in a worker; it is called once for each key.
+
+        Raises:
+            RuntimeError: Ray has no room for the workers; or whatever `function` raises.
+        """
         if key not in self._measured:
             self._wait_for_room()
             try:
-                found = ray.get(self._actors[0].call.remote(function))
+                found = _get(self._actors[0].call.remote(function))
             except DIED:
                 self._app = None  # the last run's: it may be what the process died of
                 self.replace(0)
-                found = ray.get(self._actors[0].call.remote(function))
+                found = _get(self._actors[0].call.remote(function))
             self._measured[key] = found
         return self._measured[key]
 
     def load(self, make_app: Callable[[], ClientApp], num_clients: int) -> None:
-        """Build a ClientApp in every worker, and in those that will replace one."""
+        """Build a ClientApp in every worker, and in those that will replace one.
+
+        Raises:
+            RuntimeError: Ray has no room for the workers; or whatever `make_app` raises.
+        """
         self._app = (make_app, num_clients)
         self._wait_for_room()
         loading = [actor.load.remote(*self._app) for actor in self._actors]
         for worker, ref in enumerate(loading):
             try:
-                ray.get(ref)
+                _get(ref)
             except DIED:
                 self.replace(worker)
 
     def run(self, worker: int, *arguments: Any) -> ray.ObjectRef:
         """Start a share on a worker."""
         return self._actors[worker].run.remote(*arguments)
+
+    def result(self, ref: ray.ObjectRef) -> Any:
+        """Return what came of a share; what the worker raised is raised, or one of `DIED`."""
+        return _get(ref)
 
     def replace(self, worker: int) -> None:
         """Put a new process in the place of one that died, or if there is no room one that lives.
@@ -144,14 +157,14 @@ class Workers:
         new = self._new_actor()
         loading = self._loaded(new)
         try:
-            ray.get(loading, timeout=_ROOM_SECONDS)
+            _get(loading, _ROOM_SECONDS)
         except (GetTimeoutError, *DIED):
             living = next(filter(self._lives, self._actors), None)
-            if living is not None:
+            if living is None:  # it may be slow, and not without room
+                self._expect(loading)
+            elif not ray.wait([loading], timeout=0)[0] or not self._lives(new):
                 ray.kill(new)
                 new = living
-            else:  # it may be slow, and not without room
-                self._patiently(loading, "no worker is left, and Ray has no room for a new one")
         self._actors = [new if actor is dead else actor for actor in self._actors]
 
     def _wait_for_room(self) -> None:
@@ -162,19 +175,24 @@ class Workers:
         """
         if not self._placed:
             starting = [actor.call.remote(int) for actor in self._actors]
-            self._patiently(starting, f"workers: Ray has no room for {self.number} workers now")
+            _, missing = ray.wait(starting, num_returns=len(starting), timeout=_PATIENCE)
+            if missing:
+                raise RuntimeError(f"workers: Ray has no room for {self.number} workers now")
             self._placed = True
 
     @staticmethod
-    def _patiently(refs: Any, otherwise: str) -> None:
+    def _expect(loading: ray.ObjectRef) -> None:
         try:
-            ray.get(refs, timeout=_PATIENCE)
-        except (GetTimeoutError, *DIED):
-            raise RuntimeError(otherwise) from None
+            _get(loading, _PATIENCE)
+        except GetTimeoutError:
+            message = "no worker is left, and Ray has no room for a new one"
+            raise RuntimeError(message) from None
+        except DIED as error:
+            raise RuntimeError(f"no worker is left: {one_line(error)}") from None
 
     def _lives(self, actor: Any) -> bool:
         try:
-            ray.get(self._loaded(actor))
+            _get(self._loaded(actor))
         except DIED:
             return False
         return True
@@ -188,17 +206,29 @@ class Workers:
         return self._actor.remote(self._import_path)
 
 
+def _get(ref: ray.ObjectRef, timeout: float | None = None) -> Any:
+    """Return a task's result; what it raised is raised without Ray's account of it."""
+    try:
+        return ray.get(ref, timeout=timeout)
+    except DIED:
+        raise
+    except RayTaskError as error:
+        raise (error.cause or error) from None
+
+
 @contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Let processes that are started meanwhile have these environment variables."""
-    kept = dict(os.environ)
+    before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name in variables:
-            del os.environ[name]
-        os.environ.update(kept)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _start_ray(import_path: Sequence[str], address: str | None) -> None:
