@@ -79,7 +79,7 @@ dropout_classifier.head = "3"
 
 
 def small_classifier(num_classes: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, num_classes))
+    return nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, num_classes))
 
 
 class HalfStep(FedAvg):

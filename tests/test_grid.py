@@ -192,8 +192,8 @@ def test_alignment_is_the_same_however_a_cohort_is_reduced():
 def test_the_sums_of_float32_updates_lose_nothing(size):
     """Short vectors and long ones, clients of very unequal examples, a first client at rest.
 
-    The subtraction x - y is float32's own; all after it agrees with float64. Entries of the mean are
-    about 1e-6.
+    The subtraction x - y is float32's own; all after it agrees with float64. The mean's entries
+    are about 1e-6.
     """
     rng = np.random.default_rng(0)
     examples = np.array([1_000_000, 1, 1, 1, 7])

@@ -30,6 +30,9 @@ class BareLoop:
         problem: its data and model.
         processes: how many.
         environment: variables that the processes start with.
+
+    Attributes:
+        x: the weights as one vector, in memory that the processes share.
     """
 
     def __init__(
@@ -38,7 +41,7 @@ class BareLoop:
         self.processes: list[psutil.Process] = []
         self._sizes = problem.dataset.owners.sizes
         size = sum(problem.layout.sizes)
-        self._x = torch.zeros(size).share_memory_()
+        self.x = torch.zeros(size).share_memory_()
         self._sums = torch.zeros(processes, size).share_memory_()
         context = multiprocessing.get_context("spawn")
         self._barrier = context.Barrier(processes + 1)
@@ -48,7 +51,7 @@ class BareLoop:
         with simulation.environment(environment or {}):
             for index in range(processes):
                 ours, theirs = context.Pipe()
-                arguments = (theirs, self._barrier, self._x, self._sums[index], run, columns)
+                arguments = (theirs, self._barrier, self.x, self._sums[index], run, columns)
                 process = context.Process(
                     target=_work,
                     args=(*arguments, data.owners.rows, data.owners.offsets),
@@ -57,7 +60,7 @@ class BareLoop:
                 process.start()
                 self.processes.append(psutil.Process(process.pid))
                 self._pipes.append(ours)
-        self._x.copy_(self._pipes[0].recv())
+        self.x.copy_(self._pipes[0].recv())
         for pipe in self._pipes[1:]:
             pipe.recv()
 
@@ -69,7 +72,7 @@ class BareLoop:
         ):
             pipe.send([cohort[index] for index in share])
         self._barrier.wait()
-        self._x.copy_(self._sums.sum(0).div_(int(sizes.sum())))
+        self.x.copy_(self._sums.sum(0).div_(int(sizes.sum())))
 
     def close(self) -> None:
         """End the processes."""

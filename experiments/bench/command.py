@@ -27,6 +27,7 @@ from fedinit.simulation import Workers
 
 FLOWER = "Flower's runtime"
 _START_UP_LIMIT = 300  # seconds
+_FLOWER = "import sys; from experiments.bench.flower import main; main(sys.argv[1])"
 _COMMAND = [sys.executable, "-c", "from experiments.cli import app; app()"]
 
 
@@ -45,6 +46,7 @@ def bench(
     """
     logging.getLogger("flwr").setLevel(logging.ERROR)
     runs = {each.name: single_run(each) for each in experiments}
+    folders = {each.name: [str(each.folder)] for each in experiments}
 
     def note(text: str) -> None:
         console.print(f"  {text}", markup=False, highlight=False)
@@ -53,12 +55,13 @@ def bench(
     with results_folder(out):
         for name, run in runs.items():
             console.print(f"{name}:")
-            found["work"][name] = _measured(run, repetitions, flower, note)
+            found["work"][name] = _measured(run, folders[name], repetitions, flower, note)
             _write(out / "bench.json", found)
             console.print(_table(name, found["work"][name]))
         if scaling:
+            first = next(iter(runs))
             for make in (over_cohorts, over_workers):
-                drawing = make(next(iter(runs.values())), note)
+                drawing = make(runs[first], folders[first], note)
                 _write(out / f"{drawing.name}.svg", drawing.svg)
                 _write(out / f"{drawing.name}.csv", drawing.csv)
     console.print(f"bench: {out}", markup=False, highlight=False, soft_wrap=True)
@@ -78,10 +81,13 @@ def single_run(experiment: Experiment) -> Run:
     return run
 
 
-def _measured(run: Run, repetitions: int, flower: bool, note: Callable[[str], None]) -> Any:
+def _measured(
+    run: Run, import_path: list[str], repetitions: int, flower: bool, note: Callable[[str], None]
+) -> Any:
     note("starting up, to the end of the first round")
     start_up = _start_up_seconds(run)
-    with Workers(None if run.workers == "auto" else run.workers, most=run.cohort) as workers:
+    number = None if run.workers == "auto" else run.workers
+    with Workers(number, most=run.cohort, import_path=import_path) as workers:
         measured = measure(run, workers, repetitions, note)
     record = _record(measured)
     record["contenders"][RAY_GRID]["start_up_seconds"] = start_up
@@ -153,6 +159,7 @@ def _start_up_seconds(run: Run) -> float:
         begun = time.perf_counter()
         with subprocess.Popen(  # noqa: S603
             [*_COMMAND, "run", str(path), "--set", "rounds=1", "--out", str(results)],
+            env=_environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         ) as process:
@@ -171,8 +178,8 @@ def _flower_seconds(run: Run) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         path = _written(run.model_copy(update=plain), folder)
         done = subprocess.run(  # noqa: S603
-            [sys.executable, "-m", "experiments.bench.flower", str(path)],
-            env=os.environ | {"FLWR_TELEMETRY_ENABLED": "0", "RAY_DEDUP_LOGS": "0"},
+            [sys.executable, "-c", _FLOWER, str(path)],
+            env=_environment() | {"FLWR_TELEMETRY_ENABLED": "0", "RAY_DEDUP_LOGS": "0"},
             capture_output=True,
             text=True,
             check=False,
@@ -180,6 +187,11 @@ def _flower_seconds(run: Run) -> list[float]:
     if done.returncode:
         raise RequestError(f"{FLOWER}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _environment() -> dict[str, str]:
+    """The environment of a process that finds the modules that this one finds."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def _written(run: Run, folder: str) -> Path:

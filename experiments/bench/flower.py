@@ -1,13 +1,10 @@
-"""A run under Flower's own simulation runtime, in a process of its own, timed round by round.
+"""A run under Flower's own simulation runtime, timed round by round; in a process of its own.
 
-    python -m experiments.bench.flower RUN.yaml
-
-Prints the seconds of each round after the first as JSON. The ClientApp is ours, the strategy is the
-run's, Flower's FedAvg say.
+The ClientApp is ours, the strategy is the run's, Flower's FedAvg say. The runtime's processes find
+what follows by the module's name, so it is imported and not run as a script.
 """
 
 import json
-import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -40,7 +37,7 @@ def _app(path: str) -> ClientApp:
 
 
 def main(path: str) -> None:
-    """Carry out the run of a file and print its rounds' seconds."""
+    """Carry out the run of a file and print the seconds of its rounds, as JSON."""
     prepared, seconds = _simulation(path), []
     server, client = ServerApp(), ClientApp()
 
@@ -69,7 +66,3 @@ def main(path: str) -> None:
     run_simulation(server, client, prepared.clients, backend_config=resources)  # type: ignore[arg-type]
     ray.shutdown()
     print(json.dumps(seconds[2:-1]))  # not the start, the first round, or the one that tests x
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

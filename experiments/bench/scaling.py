@@ -14,11 +14,11 @@ COHORTS = (10, 100, 1000, 10000)
 _ROUNDS = 3
 
 
-def over_cohorts(run: Run, note: Callable[[str], None]) -> Drawing:
+def over_cohorts(run: Run, import_path: list[str], note: Callable[[str], None]) -> Drawing:
     """Milliseconds for an update and peak memory of one run with cohorts of 10 to 10,000."""
     clients = {"dataset_args": run.dataset_args | {"clients": max(COHORTS)}, "rounds": _ROUNDS}
     rows: list[list[Any]] = []
-    with Workers() as workers:
+    with Workers(import_path=import_path) as workers:
         for cohort in COHORTS:
             note(f"a cohort of {cohort}")
             sized = run.model_copy(update=clients | {"cohort": cohort})
@@ -41,14 +41,14 @@ def over_cohorts(run: Run, note: Callable[[str], None]) -> Drawing:
     return Drawing("cohorts", "Cost of an update by cohort", drawn.svg, to_csv(header, rows))
 
 
-def over_workers(run: Run, note: Callable[[str], None]) -> Drawing:
+def over_workers(run: Run, import_path: list[str], note: Callable[[str], None]) -> Drawing:
     """Updates for a second of one run with one worker, two, and so on, beside the tuned loop's."""
     rows: list[list[Any]] = []
     with Workers() as every:
         most = every.number
     for number in range(1, most + 1):
         note(f"{number} workers")
-        with Workers(number) as workers:
+        with Workers(number, import_path=import_path) as workers:
             found = measure(run, workers, 1, note).contenders
         rows += [
             [number, name, found[name].updates / found[name].round_seconds]

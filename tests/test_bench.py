@@ -1,0 +1,62 @@
+"""`fedinit bench`: the bare loop does what RayGrid does, and every contender is in the table."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from experiments.bench.bare_loop import BareLoop
+from experiments.wiring import Datasets, simulation
+from fedinit.config import make_run
+from strategies.fedopt import draw_cohort
+
+RUN = {
+    "dataset": "plugged_in:gaussians",
+    "model": "plugged_in:small_classifier",
+    "client": {"lr": 0.1, "batch_size": 100},  # one full batch: its order does not matter
+    "cohort": 4,
+    "rounds": 3,
+    "workers": 2,
+}
+
+
+def test_the_bare_loop_does_what_ray_grid_does(finals, monkeypatch):
+    """The floor is no floor if it does less: the same cohorts, steps and means, the same x."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    (folder,) = finals(RUN).values()
+    run = make_run(RUN)
+    prepared = simulation(run, Datasets())
+    layout = prepared.problem.layout
+    arrays = load_file(folder / "final.safetensors")
+    final = torch.cat([arrays[name].reshape(-1) for name in layout.trainable])
+    loop = BareLoop(run, prepared.problem, 2)
+    try:
+        assert torch.equal(loop.x, layout.flatten(prepared.arrays))
+        for server_round in range(1, run.rounds + 1):
+            loop.round(draw_cohort(run.seed, server_round, prepared.clients, run.cohort))
+        assert (loop.x - layout.flatten(prepared.arrays)).abs().max() > 0.01
+        assert torch.allclose(loop.x, final, rtol=0, atol=1e-6)
+    finally:
+        loop.close()
+
+
+@pytest.mark.slow
+def test_each_contender_is_timed_on_a_file_of_ones_own(fedinit, experiment, tmp_path):
+    """Its modules are found by the loops, by the command that starts, and by Flower's runtime."""
+    out = tmp_path / "out"
+    result = fedinit(
+        *("bench", experiment(RUN | {"name": "small"}), "--out", out),
+        *("--repetitions", 1, "--flower"),
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads((out / "bench.json").read_text())["work"]["small"]["contenders"]
+    assert list(found) == ["RayGrid", "bare loop", "tuned loop", "Flower's runtime"]
+    assert found["RayGrid"]["start_up_seconds"] > 0
+    for name, numbers in found.items():
+        assert name in result.output
+        assert numbers["updates_per_second"] == pytest.approx(4 / numbers["round_seconds"])
+        assert all(ratio > 0 for ratio in numbers["ratios"])
+    assert found["tuned loop"]["ratios"] == [1.0]
+    assert len(found["RayGrid"]["seconds"][0]) == len(found["bare loop"]["seconds"][0])
