@@ -149,9 +149,8 @@ def _section(name: str, about: str) -> str:
 def _copy(name: str, finding: Finding) -> None:
     drawing = finding.drawing
     write_atomically(GALLERY / f"{name}.csv", drawing.csv.encode())
-    if drawing.svg:  # on a page of its own there is nothing to follow: black on white
-        svg = drawing.svg.replace("<svg", '<svg style="background: #fff"', 1)
-        write_atomically(GALLERY / f"{name}.svg", svg.encode())
+    if drawing.svg:
+        write_atomically(GALLERY / f"{name}.svg", drawing.on_white.encode())
 
 
 if __name__ == "__main__":

@@ -64,6 +64,11 @@ class Drawing:
     svg: str
     csv: str
 
+    @property
+    def on_white(self) -> str:
+        """The SVG for a page that is not ours, and has no colours that it could follow."""
+        return self.svg.replace("<svg", '<svg style="background: #fff"', 1)
+
 
 class Canvas:
     """A figure under way; `svg` is set when the `canvas` block ends, and empty without panels."""

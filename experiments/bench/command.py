@@ -62,7 +62,7 @@ def bench(
             first = next(iter(runs))
             for make in (over_cohorts, over_workers):
                 drawing = make(runs[first], folders[first], note)
-                _write(out / f"{drawing.name}.svg", drawing.svg)
+                _write(out / f"{drawing.name}.svg", drawing.on_white)
                 _write(out / f"{drawing.name}.csv", drawing.csv)
     console.print(f"bench: {out}", markup=False, highlight=False, soft_wrap=True)
 
