@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 
 from experiments.wiring import Simulation
-from fedinit.cohort import ARRAYS, METRICS, CohortSums
+from fedinit.cohort import ARRAYS, METRICS, CohortSums, inner_product
 from fedinit.device import device
 from fedinit.measurements.hessian import top_hessian_eigenvalues
 from fedinit.randomness import Draw, keyed
@@ -59,7 +59,6 @@ class Recorder:
         self._parts = min(_TEST_PARTS, prepared.problem.dataset.test_size)
         self._sequences = prepared.problem.dataset.has_sequences
         self.previous = previous
-        self._spare: torch.Tensor | None = None  # the one before: memory for the next
         self._since = time.perf_counter()
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
@@ -105,18 +104,16 @@ class Recorder:
 
     def _training(self, sums: CohortSums) -> dict[str, Any]:
         metrics = sums.mean_metrics()
-        aggregate = sums.mean_update(out=self._spare)
-        norm = aggregate.norm().item()
-        previous, self.previous, self._spare = self.previous, aggregate, self.previous
+        previous, self.previous = self.previous, sums.pseudo_gradient()
         return {
             "train_loss": metrics.get("train-loss"),
             "train_accuracy": metrics.get("train-accuracy"),
             "cohort_size": sums.clients,
             "examples": int(sums.examples),
-            "update_norm": norm,
+            "update_norm": sums.update_norm(),
             "gradient_diversity": sums.gradient_diversity(),
             "mean_pairwise_cosine": sums.mean_pairwise_cosine(),
-            "cosine_with_previous": _cosine(previous, aggregate, norm),
+            "cosine_with_previous": _cosine(previous, self.previous, sums.update_norm()),
         }
 
 
@@ -190,5 +187,5 @@ def _cosine(first: torch.Tensor | None, second: torch.Tensor, norm: float) -> fl
     """The cosine of two vectors, of which the second has this norm; NaN without a first."""
     if first is None:
         return math.nan
-    norms = first.norm().item() * norm
-    return torch.dot(first, second).item() / norms if norms > 0 else math.nan
+    norms = inner_product(first, first) ** 0.5 * norm
+    return inner_product(first, second) / norms if norms > 0 else math.nan

@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
-import numpy as np
 import torch
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from torch import Tensor
@@ -20,11 +20,12 @@ ARRAYS, METRICS, NUM_EXAMPLES = "arrays", "metrics", "num-examples"
 LOCAL_NORM = "local-norm"  # metric of a client whose update counts as D_i / a_i (FedNova)
 
 _SHORT = 1 << 17  # elements of a vector that, in float64, is half of a core's cache
-_TOGETHER = 4  # updates that go through the sums together: one pass through memory serves all
-_BLOCK = 1 << 15  # elements of a block: what is made of it stays in a core's cache
+_TOGETHER = 8  # updates that go through the sums together: one pass through memory serves all
+_ROOM_BYTES = 400 << 20  # that updates may wait in; long ones go through the sums in smaller groups
+_BLOCK = 1 << 16  # elements of a block: what is made of it stays in a core's cache
 _GPU_BLOCK = 1 << 22  # likewise on a GPU, where a block costs its launches
 
-# Room that waits for updates: the kernel's first touch of new memory costs more than the sums.
+# Room where updates wait: the kernel's first touch of new memory costs more than the sums.
 _spare: list[Tensor] = []
 
 
@@ -57,7 +58,7 @@ class Trained(NamedTuple):
         return content
 
 
-@dataclass
+@dataclass(eq=False)
 class _Share:
     """The sums over one process's part of a cohort.
 
@@ -69,25 +70,53 @@ class _Share:
     sums: Tensor  # in float64, rows: S = sum D_i; U = sum D_i / ||D_i||; sum (w_i - w_1) D_i
     alignment: bool  # whether the second row is there
     uneven: bool = False  # whether the last row is
+    empty: bool = True  # whether the rows still hold what was in their memory before
+    found: "tuple[WeakSet[_Share], _Found] | None" = None  # with which shares it came to what
 
     @property
     def total(self) -> Tensor:
         return self.sums[0]
 
     @property
-    def directions(self) -> Tensor | None:
-        return self.sums[1] if self.alignment else None
+    def directions(self) -> Tensor:
+        return self.sums[1]
 
     @property
     def unequal(self) -> Tensor | None:
         return self.sums[-1] if self.uneven else None
 
-    def add_unequal(self) -> Tensor:
-        """Return the last row; it is there from now on."""
+    def add_unequal(self) -> None:
+        """Let the last row be there from now on."""
         if not self.uneven:
             self.sums = torch.cat([self.sums, torch.zeros_like(self.sums[:1])])
             self.uneven = True
-        return self.sums[-1]
+
+    def packed(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Return what travels, the sums rounded to the updates' dtype: D is, too, and x far more.
+
+        With w_1 = 0 the last row is sum w_i D_i: rounded apart, two large terms might cancel.
+        """
+        if self.uneven:
+            self.sums[-1].add_(self.total, alpha=self.first_weight)
+            self.first_weight = 0.0
+        sums = self.sums.to(torch.promote_types(dtype, torch.float32))
+        return vars(self) | {"sums": sums.cpu().numpy(), "found": None}
+
+
+class _Found(NamedTuple):
+    """What the sums of a cohort come to.
+
+    Attributes:
+        update: D, in the updates' dtype.
+        norm: of D.
+        total: ||S||^2.
+        directions: ||U||^2; 0 if nobody formed U.
+    """
+
+    update: Tensor
+    norm: float
+    total: float
+    directions: float
 
 
 class CohortSums:
@@ -114,6 +143,7 @@ class CohortSums:
         self._squared_norms = 0.0  # Q = sum ||D_i||^2
         self._shares: list[_Share] = []
         self._own: _Share | None = None  # the one that is added to
+        self._dtype = torch.float64  # of the updates
         self._updates = self._squares = torch.empty(0)  # D_i and ||D_i||^2, not yet in the sums
         self._waiting: list[float] = []  # their w_i - w_1
         self._sent = self._start = torch.empty(0)  # x as it was sent, and where the updates lie
@@ -144,17 +174,14 @@ class CohortSums:
         examples = float(metrics[NUM_EXAMPLES])
         weight = examples / metrics.get(LOCAL_NORM, 1.0)
         if self._own is None:
-            self._own = self._begin(trained.weights, weight)
+            self._own = self._begin(start, trained.weights, weight)
         if self._sent is not start:
             self._sent, self._start = start, start.to(trained.weights.device)
         unequal = weight - self._own.first_weight
         if len(start) <= _SHORT and not trained.weights.is_cuda:
             self._sum_short(self._own, trained.weights, unequal)
         else:
-            self._subtract(trained.weights)
-            self._waiting.append(unequal)
-            if len(self._waiting) == _TOGETHER:
-                self._sum_waiting()
+            self._wait(trained.weights, unequal)
         self._accumulate(self.rest, trained.rest, examples)
         for name, arrays in trained.extra.items():
             self._accumulate(self.extra.setdefault(name, {}), arrays, examples)
@@ -164,8 +191,9 @@ class CohortSums:
         self.clients += 1
         self.examples += examples
 
-    def _begin(self, weights: Tensor, first_weight: float) -> _Share:
-        sums = weights.new_zeros(1 + self.alignment, len(weights), dtype=torch.float64)
+    def _begin(self, start: Tensor, weights: Tensor, first_weight: float) -> _Share:
+        self._dtype = torch.promote_types(start.dtype, weights.dtype)
+        sums = weights.new_empty(1 + self.alignment, len(weights), dtype=torch.float64)
         share = _Share(first_weight, sums, self.alignment)
         self._shares.append(share)
         return share
@@ -173,22 +201,26 @@ class CohortSums:
     def _sum_short(self, share: _Share, weights: Tensor, unequal: float) -> None:
         """Let a short vector into the sums at once, while it is in the cache."""
         update = torch.sub(self._start, weights).double()
+        if share.empty:
+            share.sums.zero_()
+            share.empty = False
         share.total.add_(update)
-        if share.directions is not None:
+        if self.alignment:
             square = torch.dot(update, update).item()
             self._squared_norms += square
             if square > 0:
                 self._moved += 1
                 share.directions.add_(update, alpha=square**-0.5)
         if unequal:
-            share.add_unequal().add_(update, alpha=unequal)
+            share.add_unequal()
+            share.sums[-1].add_(update, alpha=unequal)
 
-    def _subtract(self, weights: Tensor) -> None:
+    def _wait(self, weights: Tensor, unequal: float) -> None:
         """Put x - y and its squared norm where they wait."""
         place, width = len(self._waiting), _width(weights)
         if not place:
-            self._updates = _room(weights)
-            self._squares = weights.new_zeros(_TOGETHER, dtype=torch.float64)
+            self._updates = _room(weights.to(self._dtype))
+            self._squares = weights.new_zeros(len(self._updates), dtype=torch.float64)
         squares = []
         for start, end, update in zip(
             *(each.split(width) for each in (self._start, weights, self._updates[place])),
@@ -200,6 +232,9 @@ class CohortSums:
                 squares.append(torch.dot(block, block))
         if squares:
             self._squares[place] = torch.stack(squares).sum()
+        self._waiting.append(unequal)
+        if len(self._waiting) == len(self._updates):
+            self._sum_waiting()
 
     def _sum_waiting(self) -> None:
         """Let the updates that wait into S, Q, U and the sum of unequal weights."""
@@ -218,11 +253,13 @@ class CohortSums:
             factors.append(torch.where(moved, squares.rsqrt(), 0.0))
         if share.uneven:
             factors.append(squares.new_tensor(unequal))
-        weights, width = torch.stack(factors), _width(share.sums)
+        weights, width = torch.stack(factors), _width(squares)
         buffer = squares.new_empty(len(unequal), min(width, share.sums.shape[1]))
         updates = self._updates[: len(unequal)].split(width, dim=1)
+        kept = 0 if share.empty else 1
         for block, sums in zip(updates, share.sums.split(width, dim=1), strict=True):
-            sums.addmm_(weights, buffer[:, : block.shape[1]].copy_(block))
+            sums.addmm_(weights, buffer[:, : block.shape[1]].copy_(block), beta=kept)
+        share.empty = False
         _spare[:] = [self._updates]
         self._updates = torch.empty(0)
 
@@ -230,6 +267,7 @@ class CohortSums:
         """Add another share of the cohort; its vectors are shared with it."""
         other._sum_waiting()
         self._shares += other._shares
+        self._dtype = other._dtype
         self.clients += other.clients
         self.examples += other.examples
         self._moved += other._moved
@@ -252,13 +290,8 @@ class CohortSums:
 
     def __getstate__(self) -> dict[str, Any]:
         self._sum_waiting()
-        # As ndarrays the vectors travel through shared memory; as tensors they would be copied.
-        shares = [
-            {name: _exchanged(value) for name, value in vars(share).items()}
-            for share in self._shares
-        ]
         return self.__dict__ | {
-            "_shares": shares,
+            "_shares": [share.packed(self._dtype) for share in self._shares],
             "_own": None,
             **dict.fromkeys(("_updates", "_squares", "_sent", "_start")),
             "rest": {name: value.cpu() for name, value in self.rest.items()},
@@ -271,29 +304,61 @@ class CohortSums:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._updates = self._squares = self._sent = self._start = torch.empty(0)
+        # As ndarrays they travelled through shared memory; as tensors they would have been copied.
         self._shares = [
-            _Share(**{name: _exchanged(value) for name, value in share.items()})
+            _Share(**share | {"sums": torch.from_numpy(share["sums"])})
             for share in state["_shares"]
         ]
 
-    def mean_update(self, out: Tensor | None = None) -> Tensor:
+    def mean_update(self) -> Tensor:
         """D = sum p_i D_i in float64, p_i = n_i / sum n_i.
 
         Of clients that tell their local norm a_i, as nova's do, tau_eff sum p_i D_i / a_i with
         tau_eff = sum p_i a_i (Wang et al. 2020, eq. 6).
-
-        Args:
-            out: a vector to write D to, in its dtype, instead of to a new one: the kernel's first
-                touch of new memory costs more than the sum.
         """
         self._sum_waiting()
-        scale = self.mean_metrics().get(LOCAL_NORM, 1.0) / self.examples
+        return torch.cat(list(_added(self._mean_terms())))
+
+    def pseudo_gradient(self) -> Tensor:
+        """D as a server optimizer steps on it, in the updates' dtype; to read, not to write to."""
+        return self._found().update
+
+    def update_norm(self) -> float:
+        """||D||."""
+        return self._found().norm
+
+    def _mean_terms(self) -> list[tuple[Tensor, float]]:
+        scale = self._scale()
         terms = [(each.total, each.first_weight * scale) for each in self._shares]
-        terms += [(each.unequal, scale) for each in self._shares if each.unequal is not None]
-        mean = torch.empty_like(terms[0][0]) if out is None else out
-        for block, place in zip(_combined(terms), mean.split(_BLOCK), strict=True):
-            place.copy_(block)
-        return mean
+        return terms + [(each.unequal, scale) for each in self._shares if each.unequal is not None]
+
+    def _scale(self) -> float:
+        return self.mean_metrics().get(LOCAL_NORM, 1.0) / self.examples
+
+    def _found(self) -> _Found:
+        """Read all sums, once: who asks next, a strategy or whoever records the round, has it."""
+        self._sum_waiting()
+        first, shares = self._shares[0], set(self._shares)
+        if self._own is None and first.found and set(first.found[0]) == shares:
+            return first.found[1]
+        weights = {each.first_weight for each in shares}
+        alike = len(weights) == 1 and not any(each.uneven for each in shares)
+        sums = [[(each.total, 1.0) for each in self._shares]]
+        if first.alignment:
+            sums.append([(each.directions, 1.0) for each in self._shares])
+        if not alike:
+            sums.append(self._mean_terms())
+        update = torch.empty_like(first.total, dtype=self._dtype)
+        squares = [0.0, 0.0, 0.0]
+        for place, total, *others in zip(update.split(_BLOCK), *map(_added, sums), strict=True):
+            mean = total * (first.first_weight * self._scale()) if alike else others.pop()
+            place.copy_(mean)
+            for index, block in enumerate((mean, total, *others)):
+                squares[index] += torch.dot(block, block).item()
+        found = _Found(update, squares[0] ** 0.5, *squares[1:])
+        if self._own is None:
+            first.found = WeakSet(shares), found
+        return found
 
     def mean_rest(self, start: dict[str, Tensor]) -> dict[str, Tensor]:
         """The plain weighted mean of what is not trained, typed as `start`; integers are copied."""
@@ -339,20 +404,15 @@ class CohortSums:
 
         Infinite when the updates cancel; NaN when none moved.
         """
-        self._sum_waiting()
-        total = _squared_norm([each.total for each in self._shares])
+        total = self._found().total
         if total > 0:
             return self._squared_norms / total
         return math.inf if self._moved else math.nan
 
     def mean_pairwise_cosine(self) -> float:
         """(||U||^2 - m) / (m (m - 1)) over the m updates that are not zero; NaN for m < 2."""
-        self._sum_waiting()
-        kept = self._moved
-        if kept < 2:
-            return math.nan
-        directions = [each.directions for each in self._shares if each.directions is not None]
-        return (_squared_norm(directions) - kept) / (kept * (kept - 1))
+        directions, kept = self._found().directions, self._moved
+        return (directions - kept) / (kept * (kept - 1)) if kept > 1 else math.nan
 
 
 def _record(arrays: Mapping[str, Tensor]) -> ArrayRecord:
@@ -360,40 +420,36 @@ def _record(arrays: Mapping[str, Tensor]) -> ArrayRecord:
 
 
 def _room(weights: Tensor) -> Tensor:
-    """Return room for updates that wait."""
+    """Return room for updates that wait, a row for each.
+
+    How many that is depends on their length alone: so, then, do the sums' last digits.
+    """
+    most = _ROOM_BYTES // (weights.element_size() * len(weights))
+    shape = max(1, min(_TOGETHER, most)), len(weights)
     fitting = [
         each
         for each in _spare
-        if each.shape[1:] == weights.shape
-        and each.dtype == weights.dtype
-        and each.device == weights.device
+        if each.shape == shape and each.dtype == weights.dtype and each.device == weights.device
     ]
     _spare.clear()
-    return fitting[0] if fitting else weights.new_empty(_TOGETHER, *weights.shape)
+    return fitting[0] if fitting else weights.new_empty(shape)
 
 
 def _width(vectors: Tensor) -> int:
     return _GPU_BLOCK if vectors.is_cuda else _BLOCK
 
 
-def _combined(terms: Sequence[tuple[Tensor, float]]) -> Iterator[Tensor]:
+def _added(terms: Sequence[tuple[Tensor, float]]) -> Iterator[Tensor]:
     """Yield the blocks of a sum of vectors times factors."""
     (_, first), *_ = terms
     for block, *others in zip(*(vector.split(_BLOCK) for vector, _ in terms), strict=True):
-        total = block * first
+        total = block.double() if first == 1.0 else block.double() * first
         for other, (_, factor) in zip(others, terms[1:], strict=True):
-            total.add_(other, alpha=factor)
+            total = torch.add(total, other.double(), alpha=factor)
         yield total
 
 
-def _squared_norm(vectors: Sequence[Tensor]) -> float:
-    """The squared norm of a sum of vectors."""
-    blocks = _combined([(each, 1.0) for each in vectors])
-    return sum(torch.dot(block, block).item() for block in blocks)
-
-
-def _exchanged(value: Any) -> Any:
-    """A tensor as an ndarray and an ndarray as a tensor, sharing memory; anything else as it is."""
-    if isinstance(value, Tensor):
-        return value.cpu().numpy()
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+def inner_product(first: Tensor, second: Tensor) -> float:
+    """The inner product of two vectors, formed in float64."""
+    blocks = zip(first.split(_BLOCK), second.split(_BLOCK), strict=True)
+    return sum(torch.dot(one.double(), other.double()).item() for one, other in blocks)

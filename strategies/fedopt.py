@@ -144,18 +144,16 @@ class FedOpt(Strategy):
             point.grad = sums.mean_extra("gradients")["gradient"].to(start.dtype)
             optimizer.step()
             return start - self.server_lr * sums.mean_update().to(start.dtype)
-        if point.grad is None:
-            point.grad = torch.empty_like(point)
-        sums.mean_update(out=point.grad)
+        point.grad = sums.pseudo_gradient()
         optimizer.step()
-        return point.detach().clone()
+        return point.detach()
 
     def _at(self, start: Tensor) -> tuple[Tensor, torch.optim.Optimizer]:
         if self._point is None or self._optimizer is None:
-            self._point = torch.nn.Parameter(start.clone())
+            self._point = torch.nn.Parameter(start)
             self._optimizer = self._build([self._point])
             self._optimizer.state[self._point].update(self._restored)
-        self._point.data.copy_(start)
+        self._point.data = start.clone()  # x is others' to read: the step is on a copy
         return self._point, self._optimizer
 
     def _state(self, start: Tensor) -> ArrayRecord:

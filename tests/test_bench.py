@@ -1,6 +1,7 @@
 """`fedinit bench`: the bare loop does what RayGrid does, and every contender is in the table."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,21 @@ def test_the_bare_loop_does_what_ray_grid_does(finals, monkeypatch):
         loop.close()
 
 
+def test_pfl_does_what_ray_grid_does(finals, monkeypatch):
+    """As the bare loop: what pfl-research is timed at is the same work."""
+    pfl_research = pytest.importorskip(
+        "experiments.bench.pfl_research", reason="pfl-research is not installed"
+    )
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    (folder,) = finals(RUN).values()
+    run = make_run(RUN)
+    problem = simulation(run, Datasets()).problem
+    assert len(pfl_research.train(run, problem)) == run.rounds
+    trained = problem.model.state_dict()
+    for name, value in load_file(folder / "final.safetensors").items():
+        assert torch.allclose(trained[name], value, rtol=0, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_each_contender_is_timed_on_a_file_of_ones_own(fedinit, experiment, tmp_path):
     """Its modules are found by the loops, by the command that starts, and by Flower's runtime."""
@@ -52,7 +68,8 @@ def test_each_contender_is_timed_on_a_file_of_ones_own(fedinit, experiment, tmp_
     )
     assert result.exit_code == 0, result.output
     found = json.loads((out / "bench.json").read_text())["work"]["small"]["contenders"]
-    assert list(found) == ["RayGrid", "bare loop", "tuned loop", "Flower's runtime"]
+    peers = ["Flower's runtime", *(["pfl-research"] if find_spec("pfl") else [])]
+    assert list(found) == ["RayGrid", "bare loop", "tuned loop", *peers]
     assert found["RayGrid"]["start_up_seconds"] > 0
     for name, numbers in found.items():
         assert name in result.output

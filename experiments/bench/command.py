@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from fedinit.experiment_file import Experiment
 from fedinit.results import write_atomically
 from fedinit.simulation import Workers
 
-FLOWER = "Flower's runtime"
+FLOWER, PFL = "Flower's runtime", "pfl-research"
 _START_UP_LIMIT = 300  # seconds
 _FLOWER = "import sys; from experiments.bench.flower import main; main(sys.argv[1])"
+_LAUNCHER = ["-m", "torch.distributed.run", "--standalone"]
+_PEER_ROUNDS = 5
 _COMMAND = [sys.executable, "-c", "from experiments.cli import app; app()"]
 
 
@@ -91,12 +94,12 @@ def _measured(
         measured = measure(run, workers, repetitions, note)
     record = _record(measured)
     record["contenders"][RAY_GRID]["start_up_seconds"] = start_up
-    if flower:
-        note(FLOWER)
-        seconds = _flower_seconds(run)
+    for name, command in _peers(flower, measured.workers).items():
+        note(name)
+        seconds = _peer_seconds(run, name, command)
         fastest = min(seconds)
         ratio = fastest / measured.contenders[TUNED].round_seconds
-        record["contenders"][FLOWER] = {
+        record["contenders"][name] = {
             "seconds": [seconds],
             "round_seconds": fastest,
             "updates_per_second": run.cohort / fastest,
@@ -172,20 +175,30 @@ def _start_up_seconds(run: Run) -> float:
     return float("nan")
 
 
-def _flower_seconds(run: Run) -> list[float]:
-    """Seconds of rounds of Flower's FedAvg and our ClientApp under its own runtime."""
-    plain = {"strategy": "flwr.serverapp.strategy:FedAvg", "rounds": 5, "evaluate_every": 1000}
+def _peers(flower: bool, processes: int) -> dict[str, list[str]]:
+    """Return what Python is to run for each simulator that takes part, before a file's path."""
+    found = {FLOWER: ["-c", _FLOWER]} if flower else {}
+    if find_spec("pfl"):
+        module = ["-m", "experiments.bench.pfl_research"]
+        found[PFL] = [*_LAUNCHER, f"--nproc-per-node={processes}", *module]
+    return found
+
+
+def _peer_seconds(run: Run, name: str, command: list[str]) -> list[float]:
+    """Seconds of rounds of federated averaging by another simulator, in processes of its own."""
+    plain = {"strategy": "flwr.serverapp.strategy:FedAvg"} if name == FLOWER else {}
+    rounds = {"rounds": _PEER_ROUNDS, "evaluate_every": 1000}
     with tempfile.TemporaryDirectory() as folder:
-        path = _written(run.model_copy(update=plain), folder)
+        path = _written(run.model_copy(update=plain | rounds), folder)
         done = subprocess.run(  # noqa: S603
-            [sys.executable, "-c", _FLOWER, str(path)],
+            [sys.executable, *command, str(path)],
             env=_environment() | {"FLWR_TELEMETRY_ENABLED": "0", "RAY_DEDUP_LOGS": "0"},
             capture_output=True,
             text=True,
             check=False,
         )
     if done.returncode:
-        raise RequestError(f"{FLOWER}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
+        raise RequestError(f"{name}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
