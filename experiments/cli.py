@@ -233,7 +233,8 @@ def bench(
     """Time rounds through RayGrid beside those of a bare PyTorch loop; write DIR/bench.json.
 
     The bare loop does the same rounds with as many processes: as PyTorch comes, and tuned with our
-    workers' settings. Nothing else should be running on the machine.
+    workers' settings. So does pfl-research, in processes of its own, where it is installed.
+    Nothing else should be running on the machine.
     """
     from experiments.bench import command
 

@@ -253,7 +253,7 @@ class CohortSums:
             factors.append(torch.where(moved, squares.rsqrt(), 0.0))
         if share.uneven:
             factors.append(squares.new_tensor(unequal))
-        weights, width = torch.stack(factors), _width(squares)
+        weights, width = torch.stack(factors), 2 * _width(squares) // len(unequal)
         buffer = squares.new_empty(len(unequal), min(width, share.sums.shape[1]))
         updates = self._updates[: len(unequal)].split(width, dim=1)
         kept = 0 if share.empty else 1

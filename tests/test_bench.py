@@ -68,7 +68,7 @@ def test_each_contender_is_timed_on_a_file_of_ones_own(fedinit, experiment, tmp_
     )
     assert result.exit_code == 0, result.output
     found = json.loads((out / "bench.json").read_text())["work"]["small"]["contenders"]
-    peers = ["Flower's runtime", *(["pfl-research"] if find_spec("pfl") else [])]
+    peers = ["Flower's runtime", *(["pfl"] if find_spec("pfl") else [])]
     assert list(found) == ["RayGrid", "bare loop", "tuned loop", *peers]
     assert found["RayGrid"]["start_up_seconds"] > 0
     for name, numbers in found.items():

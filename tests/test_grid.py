@@ -1,5 +1,6 @@
 """RayGrid with a ClientApp that is not ours, and the sums it keeps."""
 
+import copy
 import time
 from pathlib import Path
 
@@ -218,6 +219,57 @@ def test_the_sums_of_float32_updates_lose_nothing(size):
     cosines = (units @ units.T)[~np.eye(4, dtype=bool)]
     assert sums.mean_pairwise_cosine() == pytest.approx(cosines.mean(), abs=1e-12)
     assert other.mean_update().numpy() == pytest.approx(-(examples @ range(5)) / examples.sum())
+
+
+@pytest.mark.parametrize("size", [1000, 150_000])
+def test_sums_that_travelled_are_exact_to_the_updates_own_digits(size):
+    """Two shares, of a million examples and of one: their mean is the first client's, nearly.
+
+    The second one's update is large: 1e6 (D_1 + D_2) - 999,999 D_2 must not be rounded apart.
+    """
+    rng = np.random.default_rng(0)
+    updates = rng.normal(size=(4, size)).astype(np.float32) * [[1], [1e3], [2], [3]]
+    updates, examples = updates.astype(np.float32), np.array([1_000_000, 1, 5, 5])
+    layout = Layout.of(torch.nn.Linear(size, 1, bias=False))
+    start, total = torch.zeros(size), CohortSums(layout)
+    for clients in ((0, 1), (2, 3)):
+        share = CohortSums(layout)
+        for client in clients:
+            metrics = {"num-examples": int(examples[client])}
+            share.add_trained(start, Trained(torch.from_numpy(-updates[client]), metrics, {}, {}))
+        total.merge(copy.copy(share))
+    exact = updates.astype(np.float64)
+    mean = examples @ exact / examples.sum()
+    assert np.abs(total.mean_update().numpy() - mean).max() < 1e-6 * np.abs(mean).max()
+    assert total.pseudo_gradient().dtype == torch.float32
+    assert np.abs(total.pseudo_gradient().numpy() - mean).max() < 1e-6 * np.abs(mean).max()
+    assert total.update_norm() == pytest.approx(np.linalg.norm(mean), rel=1e-7)
+    norms = np.linalg.norm(exact, axis=1)
+    diversity = (norms**2).sum() / (exact.sum(0) ** 2).sum()
+    assert total.gradient_diversity() == pytest.approx(diversity, rel=1e-7)
+    units = exact / norms[:, None]
+    cosines = (units @ units.T)[~np.eye(4, dtype=bool)]
+    assert total.mean_pairwise_cosine() == pytest.approx(cosines.mean(), abs=1e-8)
+
+
+def test_what_was_found_is_read_anew_once_a_share_is_added():
+    """One client's (3, 0, 0), asked for its measures, then another's (0, 4, 0)."""
+
+    def share(*update: float) -> CohortSums:
+        sums = CohortSums(layout())
+        weights = -torch.tensor(update, dtype=torch.float64)
+        start = torch.zeros(3, dtype=torch.float64)
+        sums.add_trained(start, Trained(weights, {"num-examples": 1}, {}, {}))
+        return copy.copy(sums)
+
+    total = CohortSums(layout())
+    total.merge(share(3, 0, 0))
+    assert total.pseudo_gradient().tolist() == [3, 0, 0]
+    assert total.pseudo_gradient() is total.pseudo_gradient()  # read once
+    total.merge(share(0, 4, 0))
+    assert total.pseudo_gradient().tolist() == [1.5, 2, 0]
+    assert total.update_norm() == pytest.approx(2.5)
+    assert total.gradient_diversity() == pytest.approx(1)
 
 
 def test_updates_with_a_local_norm_are_averaged_by_it_and_measured_as_they_are():

@@ -26,7 +26,7 @@ from fedinit.experiment_file import Experiment
 from fedinit.results import write_atomically
 from fedinit.simulation import Workers
 
-FLOWER, PFL = "Flower's runtime", "pfl-research"
+FLOWER, PFL = "Flower's runtime", "pfl"
 _START_UP_LIMIT = 300  # seconds
 _FLOWER = "import sys; from experiments.bench.flower import main; main(sys.argv[1])"
 _LAUNCHER = ["-m", "torch.distributed.run", "--standalone"]
