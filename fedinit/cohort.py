@@ -1,7 +1,7 @@
 """Running sums over a cohort's updates: the weighted mean, and how the updates align.
 
 The sums are associative, so a cohort may be reduced in one worker, in several, or client by client.
-Memory is a few parameter vectors for each process that reduces, whatever the cohort's size.
+Memory is some parameter vectors for each process that reduces, whatever the cohort's size.
 """
 
 import math
@@ -67,11 +67,13 @@ class _Share:
     """
 
     first_weight: float  # w_1
-    sums: Tensor  # in float64, rows: S = sum D_i; U = sum D_i / ||D_i||; sum (w_i - w_1) D_i
+    # Rows, in float64 until they travel: S = sum D_i; U = sum D_i / ||D_i||; sum (w_i - w_1) D_i.
+    sums: Tensor
     alignment: bool  # whether the second row is there
     uneven: bool = False  # whether the last row is
     empty: bool = True  # whether the rows still hold what was in their memory before
-    found: "tuple[WeakSet[_Share], _Found] | None" = None  # with which shares it came to what
+    travelled: bool = False  # whether another process made it: nothing is added any more
+    found: "_Found | None" = None  # what it came to, last, with others
 
     @property
     def total(self) -> Tensor:
@@ -91,28 +93,31 @@ class _Share:
             self.sums = torch.cat([self.sums, torch.zeros_like(self.sums[:1])])
             self.uneven = True
 
-    def packed(self, dtype: torch.dtype) -> dict[str, Any]:
+    def packed(self, dtype: torch.dtype | None) -> dict[str, Any]:
         """Return what travels, the sums rounded to the updates' dtype: D is, too, and x far more.
 
         With w_1 = 0 the last row is sum w_i D_i: rounded apart, two large terms might cancel.
         """
-        if self.uneven:
+        if self.uneven and self.first_weight:
             self.sums[-1].add_(self.total, alpha=self.first_weight)
             self.first_weight = 0.0
-        sums = self.sums.to(torch.promote_types(dtype, torch.float32))
-        return vars(self) | {"sums": sums.cpu().numpy(), "found": None}
+        sums = self.sums.to(_wider(dtype, torch.float32))
+        return vars(self) | {"sums": sums.cpu().numpy(), "travelled": True, "found": None}
 
 
 class _Found(NamedTuple):
     """What the sums of a cohort come to.
 
     Attributes:
+        shares, number: whose sums.
         update: D, in the updates' dtype.
         norm: of D.
         total: ||S||^2.
         directions: ||U||^2; 0 if nobody formed U.
     """
 
+    shares: WeakSet[_Share]
+    number: int
     update: Tensor
     norm: float
     total: float
@@ -120,8 +125,9 @@ class _Found(NamedTuple):
 
 
 class CohortSums:
-    """Sums over updates D_i = x - y_i of clients with n_i examples, in float64.
+    """Sums over updates D_i = x - y_i of clients with n_i examples.
 
+    They are formed in float64, and rounded to the updates' dtype when they travel.
     A pass through vectors that lie in memory is what takes time here: long updates go through the
     sums block by block and several at a time, and merging shares adds nothing up before a result is
     asked for.
@@ -143,7 +149,8 @@ class CohortSums:
         self._squared_norms = 0.0  # Q = sum ||D_i||^2
         self._shares: list[_Share] = []
         self._own: _Share | None = None  # the one that is added to
-        self._dtype = torch.float64  # of the updates
+        self._dtype: torch.dtype | None = None  # of the updates
+        self._known: _Found | None = None
         self._updates = self._squares = torch.empty(0)  # D_i and ||D_i||^2, not yet in the sums
         self._waiting: list[float] = []  # their w_i - w_1
         self._sent = self._start = torch.empty(0)  # x as it was sent, and where the updates lie
@@ -172,6 +179,7 @@ class CohortSums:
         """Add what a client made of the vector `start`; its weights may change afterwards."""
         metrics = trained.metrics
         examples = float(metrics[NUM_EXAMPLES])
+        self._known = None
         weight = examples / metrics.get(LOCAL_NORM, 1.0)
         if self._own is None:
             self._own = self._begin(start, trained.weights, weight)
@@ -192,7 +200,7 @@ class CohortSums:
         self.examples += examples
 
     def _begin(self, start: Tensor, weights: Tensor, first_weight: float) -> _Share:
-        self._dtype = torch.promote_types(start.dtype, weights.dtype)
+        self._dtype = _wider(_wider(self._dtype, start.dtype), weights.dtype)
         sums = weights.new_empty(1 + self.alignment, len(weights), dtype=torch.float64)
         share = _Share(first_weight, sums, self.alignment)
         self._shares.append(share)
@@ -267,7 +275,8 @@ class CohortSums:
         """Add another share of the cohort; its vectors are shared with it."""
         other._sum_waiting()
         self._shares += other._shares
-        self._dtype = other._dtype
+        self._known = None
+        self._dtype = _wider(self._dtype, other._dtype)
         self.clients += other.clients
         self.examples += other.examples
         self._moved += other._moved
@@ -293,6 +302,7 @@ class CohortSums:
         return self.__dict__ | {
             "_shares": [share.packed(self._dtype) for share in self._shares],
             "_own": None,
+            "_known": None,
             **dict.fromkeys(("_updates", "_squares", "_sent", "_start")),
             "rest": {name: value.cpu() for name, value in self.rest.items()},
             "extra": {
@@ -336,11 +346,16 @@ class CohortSums:
         return self.mean_metrics().get(LOCAL_NORM, 1.0) / self.examples
 
     def _found(self) -> _Found:
-        """Read all sums, once: who asks next, a strategy or whoever records the round, has it."""
+        """Read all sums, once.
+
+        What shares that travelled come to is kept with them: a strategy and whoever records the
+        round both ask, and each merges them for itself.
+        """
         self._sum_waiting()
         first, shares = self._shares[0], set(self._shares)
-        if self._own is None and first.found and set(first.found[0]) == shares:
-            return first.found[1]
+        known = self._known or first.found
+        if known and known.number == len(shares) and set(known.shares) == shares:
+            return known
         weights = {each.first_weight for each in shares}
         alike = len(weights) == 1 and not any(each.uneven for each in shares)
         sums = [[(each.total, 1.0) for each in self._shares]]
@@ -355,9 +370,11 @@ class CohortSums:
             place.copy_(mean)
             for index, block in enumerate((mean, total, *others)):
                 squares[index] += torch.dot(block, block).item()
-        found = _Found(update, squares[0] ** 0.5, *squares[1:])
-        if self._own is None:
-            first.found = WeakSet(shares), found
+        found = _Found(WeakSet(shares), len(shares), update, squares[0] ** 0.5, *squares[1:])
+        if all(each.travelled for each in shares):
+            for each in shares:
+                each.found = found
+        self._known = found
         return found
 
     def mean_rest(self, start: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -382,7 +399,7 @@ class CohortSums:
 
         Args:
             start: the weights that the clients started from.
-            dtype: of the mean. In float64 the cohort's mean does not depend on who reduced what.
+            dtype: of the mean. In float64 the cohort's hardly depends on who reduced what.
         """
         x = self.layout.flatten(start)
         rest = {
@@ -402,7 +419,7 @@ class CohortSums:
     def gradient_diversity(self) -> float:
         """Q / ||S||^2 (Yin et al. 2018, Definition 1): 1/n for equal updates, 1 for orthogonal.
 
-        Infinite when the updates cancel; NaN when none moved.
+        Infinite when the updates cancel to the last digit; NaN when none moved.
         """
         total = self._found().total
         if total > 0:
@@ -422,7 +439,7 @@ def _record(arrays: Mapping[str, Tensor]) -> ArrayRecord:
 def _room(weights: Tensor) -> Tensor:
     """Return room for updates that wait, a row for each.
 
-    How many that is depends on their length alone: so, then, do the sums' last digits.
+    How many that is depends on the model alone: so, then, do the sums' last digits.
     """
     most = _ROOM_BYTES // (weights.element_size() * len(weights))
     shape = max(1, min(_TOGETHER, most)), len(weights)
@@ -433,6 +450,10 @@ def _room(weights: Tensor) -> Tensor:
     ]
     _spare.clear()
     return fitting[0] if fitting else weights.new_empty(shape)
+
+
+def _wider(one: torch.dtype | None, other: torch.dtype | None) -> torch.dtype | None:
+    return torch.promote_types(one, other) if one and other else one or other
 
 
 def _width(vectors: Tensor) -> int:

@@ -139,12 +139,13 @@ class FedOpt(Strategy):
 
     def _step(self, start: Tensor, sums: CohortSums) -> Tensor:
         point, optimizer = self._at(start)
+        gradient = sums.pseudo_gradient().to(start.dtype)
         if self.share_state:
             # A step on a point that is then put aside refreshes the state with the gradient at x.
             point.grad = sums.mean_extra("gradients")["gradient"].to(start.dtype)
             optimizer.step()
-            return start - self.server_lr * sums.mean_update().to(start.dtype)
-        point.grad = sums.pseudo_gradient()
+            return start - self.server_lr * gradient
+        point.grad = gradient
         optimizer.step()
         return point.detach()
 

@@ -1,7 +1,9 @@
 """RayGrid with a ClientApp that is not ours, and the sums it keeps."""
 
 import copy
+import gc
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from fedinit.cohort import CohortSums, Trained
 from fedinit.parameters import Array, Layout
 from fedinit.simulation import ClientError, RayGrid, Workers
 from fedinit.simulation.ray_grid import assign
+from strategies.fedopt import FedOpt
 
 
 def counting_app() -> ClientApp:
@@ -228,8 +231,8 @@ def test_sums_that_travelled_are_exact_to_the_updates_own_digits(size):
     The second one's update is large: 1e6 (D_1 + D_2) - 999,999 D_2 must not be rounded apart.
     """
     rng = np.random.default_rng(0)
-    updates = rng.normal(size=(4, size)).astype(np.float32) * [[1], [1e3], [2], [3]]
-    updates, examples = updates.astype(np.float32), np.array([1_000_000, 1, 5, 5])
+    updates = (rng.normal(size=(4, size)) * [[1], [1e3], [2], [3]]).astype(np.float32)
+    examples = np.array([1_000_000, 1, 5, 5])
     layout = Layout.of(torch.nn.Linear(size, 1, bias=False))
     start, total = torch.zeros(size), CohortSums(layout)
     for clients in ((0, 1), (2, 3)):
@@ -270,6 +273,45 @@ def test_what_was_found_is_read_anew_once_a_share_is_added():
     assert total.pseudo_gradient().tolist() == [1.5, 2, 0]
     assert total.update_norm() == pytest.approx(2.5)
     assert total.gradient_diversity() == pytest.approx(1)
+
+    first, second = share(3, 0, 0), share(0, 4, 0)
+    one, other = CohortSums(layout()), CohortSums(layout())
+    for sums, parts in ((one, (first, second)), (other, (second, first))):
+        for part in parts:
+            sums.merge(part)
+    assert one.pseudo_gradient().tolist() == [1.5, 2, 0]
+    assert other.pseudo_gradient() is one.pseudo_gradient()  # a strategy and who records the round
+    del one, other, second, sums, parts, part
+    gc.collect()
+    assert first.pseudo_gradient().tolist() == [3, 0, 0]
+
+
+def in_float64() -> ClientApp:
+    """Adds the client's number to w, in NumPy's own dtype."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        w = message.content.array_records["arrays"]["w"].numpy().astype(np.float64)
+        arrays = ArrayRecord()
+        arrays["w"] = Array(w + int(context.node_config["partition-id"]))
+        metrics = MetricRecord({"num-examples": 1})
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+    return app
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_x_keeps_its_dtype_whatever_clients_reply_in(workers, optimizer):
+    """Clients 0 and 1 add 0 and 1: D = -1/2; SGD with rate 1 adds 1/2, Adam's first step 1."""
+    grid = RayGrid(workers, in_float64, num_clients=2, layout=layout())
+    strategy = FedOpt(partial(optimizer, lr=1.0), layout(), cohort=2, clients=2)
+    x = layout().record(torch.tensor([1.0, 2.0, 3.0]), {})
+    replies = grid.send_and_receive(strategy.configure_train(1, x, ConfigRecord(), grid))
+    arrays, _ = strategy.aggregate_train(1, replies)
+    step = 0.5 if optimizer is torch.optim.SGD else 1.0
+    assert arrays["w"].numpy().dtype == np.float32
+    assert arrays["w"].numpy().tolist() == pytest.approx([1 + step, 2 + step, 3 + step])
 
 
 def test_updates_with_a_local_norm_are_averaged_by_it_and_measured_as_they_are():

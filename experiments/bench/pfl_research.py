@@ -1,6 +1,7 @@
 """A run in pfl-research (Granqvist et al. 2024), timed round by round; in processes of its own.
 
-Model, loss, data, cohorts and rates are the run's; what is around them is pfl's, as it comes.
+Model, loss, data, cohorts and rates are the run's, and no other setting, as in the bare loop; what
+is around them is pfl's, as it comes.
 """
 
 import json
