@@ -358,6 +358,7 @@ class CohortSums:
             return known
         weights = {each.first_weight for each in shares}
         alike = len(weights) == 1 and not any(each.uneven for each in shares)
+        factor = first.first_weight * self._scale()
         sums = [[(each.total, 1.0) for each in self._shares]]
         if first.alignment:
             sums.append([(each.directions, 1.0) for each in self._shares])
@@ -366,7 +367,7 @@ class CohortSums:
         update = torch.empty_like(first.total, dtype=self._dtype)
         squares = [0.0, 0.0, 0.0]
         for place, total, *others in zip(update.split(_BLOCK), *map(_added, sums), strict=True):
-            mean = total * (first.first_weight * self._scale()) if alike else others.pop()
+            mean = total * factor if alike else others.pop()
             place.copy_(mean)
             for index, block in enumerate((mean, total, *others)):
                 squares[index] += torch.dot(block, block).item()
