@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from clients.client_optimizers import CLIENT_OPTIMIZERS, OptimizerFactory, ServerState, per_client
-from clients.local_training import Workspace
+from clients.local_training import LocalDraws, Workspace
 from clients.memory_format import MEMORY_FORMATS
 from clients.vectorized import groups, make_training
 from fedinit.cohort import ARRAYS, METRICS, Trained
@@ -66,12 +66,23 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
     size = run.client.batch_size if problem.dataset.has_sequences else _EVALUATION_BATCH
     client_optimizer = CLIENT_OPTIMIZERS[run.client.optimizer]
 
+    ahead: dict[tuple[int, int], LocalDraws] = {}  # by round and client
+
     def deal(content: RecordDict, clients: Sequence[int]) -> list[list[int]]:
-        return groups(run, problem.dataset.owners.sizes, _server_round(content), clients)
+        server_round = _server_round(content)
+        dealt = groups(run, problem.dataset.owners.sizes, server_round, clients)
+        # Made one by one, between trainings that fill the caches, they take five times as long.
+        ahead.clear()
+        for group in dealt:
+            if len(group) == 1:
+                ahead[server_round, group[0]] = LocalDraws.of(run, server_round, group[0])
+        return dealt
 
     def train_group(content: RecordDict, clients: Sequence[int]) -> list[Trained]:
         workspace.load(content[ARRAYS])  # type: ignore[arg-type]
-        training = make_training(workspace, run, _server_round(content), clients)
+        server_round = _server_round(content)
+        draws = ahead.pop((server_round, clients[0]), None)
+        training = make_training(workspace, run, server_round, clients, draws)
         state = content.get(SERVER_STATE)
         server = ServerState(base_optimizer, state) if isinstance(state, ArrayRecord) else None
         return per_client(training, client_optimizer(training, server), workspace.rest())

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import flwr.app
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fedinit.config import Run
 from fedinit.device import device
-from fedinit.measurements.evaluation import correct_predictions, count_targets, per_example
+from fedinit.measurements.evaluation import correct_by_row, count_targets, per_example
 from fedinit.problem import Problem
 from fedinit.randomness import Draw, keyed, torch_seed
 
@@ -94,6 +95,19 @@ class Workspace:
         }
 
 
+class LocalDraws(NamedTuple):
+    """What a client draws from in a round: its shuffles' generator, and a seed for dropout's."""
+
+    rng: np.random.Generator
+    torch_seed: int
+
+    @classmethod
+    def of(cls, run: Run, server_round: int, client: int) -> "LocalDraws":
+        """Return a client's draws, a function of the run's seed, the round and the client."""
+        rng = keyed(Draw.LOCAL_TRAINING, run.seed, server_round, client)
+        return cls(rng, torch_seed(rng))
+
+
 def local_orders(
     run: Run, server_round: int, client: int, rows: np.ndarray, rng: np.random.Generator
 ) -> Iterator[np.ndarray]:
@@ -114,28 +128,28 @@ class LocalTraining:
         run: the run's settings.
         server_round: the round, from 1.
         client: the client's position in the sorted ids.
+        draws: the client's own, in that round.
         steps: number of local steps done, in a list of one client.
-        examples_seen, targets_seen, loss_sum, correct: sums over every example visited, for the
-            train metrics; those from the device are read once, when it is done.
+        losses, correct: of every row visited, a vector for each batch, for the train metrics: on
+            the device, and added up once, when it is done; `correct` is None without labels.
+        targets_seen: number of targets in them.
     """
 
     workspace: Workspace
     run: Run
     server_round: int
     client: int
+    draws: LocalDraws
     steps: list[int] = field(default_factory=lambda: [0])
-    examples_seen: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    correct: list[Tensor] | None = field(default_factory=list)
     targets_seen: int | Tensor = 0
-    loss_sum: float | Tensor = 0.0
-    correct: int | Tensor | None = 0
     rows: np.ndarray = field(init=False)
-    rng: np.random.Generator = field(init=False)
 
     def __post_init__(self) -> None:
         problem = self.workspace.problem
         self.rows = problem.dataset.owners.at(self.client)
-        self.rng = keyed(Draw.LOCAL_TRAINING, self.run.seed, self.server_round, self.client)
-        seed = torch_seed(self.rng)
+        seed = self.draws.torch_seed
         # Not torch.manual_seed: without a GPU in use that keeps a stack trace for each call.
         torch.default_generator.manual_seed(seed)
         if device().type == "cuda":
@@ -148,7 +162,9 @@ class LocalTraining:
 
         The last batch of an epoch may be small.
         """
-        for order in local_orders(self.run, self.server_round, self.client, self.rows, self.rng):
+        for order in local_orders(
+            self.run, self.server_round, self.client, self.rows, self.draws.rng
+        ):
             for rows in self._batches(order):
                 self._clear_gradients()
                 self._losses(rows).mean().backward()
@@ -191,9 +207,11 @@ class LocalTraining:
 
     def metrics(self) -> list[dict[str, float]]:
         """Return the client's examples and its means over every example visited."""
-        means = {"train-loss": float(self.loss_sum) / self.examples_seen}
+        losses = torch.cat(self.losses)
+        means = {"train-loss": float(losses.sum(dtype=torch.float64)) / len(losses)}
         if self.correct is not None:
-            means["train-accuracy"] = float(self.correct) / float(self.targets_seen)
+            correct = float(torch.cat(self.correct).sum())
+            means["train-accuracy"] = correct / float(self.targets_seen)
         return [{"num-examples": len(self.rows), **means}]
 
     def _batches(self, order: np.ndarray) -> Sequence[Tensor]:
@@ -215,11 +233,11 @@ class LocalTraining:
         outputs = problem.model(inputs)
         losses = per_example(problem.loss(outputs, targets), targets)
         if count:
-            self.examples_seen += len(rows)
+            self.losses.append(losses.detach())
             self.targets_seen += count_targets(targets)
-            self.loss_sum += losses.detach().sum().double()
-            correct = correct_predictions(outputs, targets)
-            self.correct = (
-                None if correct is None or self.correct is None else self.correct + correct
-            )
+            right = correct_by_row(outputs, targets)
+            if right is None:
+                self.correct = None
+            elif self.correct is not None:
+                self.correct.append(right)
         return losses

@@ -12,12 +12,17 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from clients.local_training import LocalTraining, Workspace, local_orders, local_steps
+from clients.local_training import (
+    LocalDraws,
+    LocalTraining,
+    Workspace,
+    local_orders,
+    local_steps,
+)
 from fedinit.config import Run
 from fedinit.device import device
 from fedinit.measurements.evaluation import correct_by_row, per_example, targets_by_row
 from fedinit.problem import Problem
-from fedinit.randomness import Draw, keyed, torch_seed
 
 
 def groups(
@@ -43,11 +48,24 @@ def groups(
 
 
 def make_training(
-    workspace: Workspace, run: Run, server_round: int, group: Sequence[int]
+    workspace: Workspace,
+    run: Run,
+    server_round: int,
+    group: Sequence[int],
+    draws: LocalDraws | None = None,
 ) -> "LocalTraining | GroupTraining":
-    """Return the local training of a group: of many clients as one, of a single one as it is."""
+    """Return the local training of a group: of many clients as one, of a single one as it is.
+
+    Args:
+        workspace: the model, loaded with x.
+        run: the run's settings.
+        server_round: the round, from 1.
+        group: the clients.
+        draws: a single client's, where they were made ahead.
+    """
     if len(group) == 1:
-        return LocalTraining(workspace, run, server_round, group[0])
+        draws = draws or LocalDraws.of(run, server_round, group[0])
+        return LocalTraining(workspace, run, server_round, group[0], draws)
     return GroupTraining(workspace, run, server_round, group)
 
 
@@ -247,9 +265,8 @@ class GroupTraining:
         return losses
 
     def _orders(self, client: int, rows: np.ndarray) -> list[np.ndarray]:
-        rng = keyed(Draw.LOCAL_TRAINING, self.run.seed, self._server_round, client)
-        torch_seed(rng)  # dropout's, which a client trained alone draws first
-        return list(local_orders(self.run, self._server_round, client, rows, rng))
+        draws = LocalDraws.of(self.run, self._server_round, client)
+        return list(local_orders(self.run, self._server_round, client, rows, draws.rng))
 
 
 def losses_as_one(

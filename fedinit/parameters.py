@@ -65,6 +65,11 @@ def tensor(array: flwr.app.Array) -> Tensor:
     return torch.from_numpy(array.read() if isinstance(array, Array) else array.numpy())
 
 
+def size_in_bytes(record: flwr.app.ArrayRecord) -> int:
+    """Return the bytes of a record's values; none is encoded or made for it."""
+    return sum(prod(each.shape) * np.dtype(each.dtype).itemsize for each in record.values())
+
+
 class ArrayRecord(flwr.app.ArrayRecord):
     """An ArrayRecord whose trainable arrays are views of one vector, `flat`.
 

@@ -36,8 +36,10 @@ def correct_predictions(outputs: Tensor, targets: Tensor) -> Tensor | None:
 
 def per_example(losses: Tensor, targets: Tensor) -> Tensor:
     """Return one loss for each row: the mean over its targets where there are several."""
+    if losses.ndim == 1:
+        return losses
     sums, counts = _by_row(losses, targets)
-    return sums if losses.ndim == 1 else sums / counts
+    return sums / counts
 
 
 def targets_by_row(targets: Tensor) -> Tensor | None:

@@ -1,8 +1,9 @@
 """A Flower Grid on Ray actors: to a strategy it looks like any grid with one node per client.
 
-Flower's own runtime pickles, stores and polls for each client's message. Here each distinct content
-goes into Ray's object store once, each worker gets its share of the messages in one call, and, for
-a strategy whose reduction is a weighted mean, answers with one reply.
+Flower's own runtime pickles, stores and polls for each client's message. Here each worker gets its
+share of the messages in one call, with each distinct content once (what is large goes into Ray's
+object store, once for all workers), and, for a strategy whose reduction is a weighted mean, answers
+with one reply.
 """
 
 import time
@@ -20,11 +21,11 @@ from flwr.supercore.run import Run
 
 from fedinit.cohort import ARRAYS, CohortSums
 from fedinit.errors import one_line
-from fedinit.parameters import Layout
+from fedinit.parameters import Layout, size_in_bytes
 from fedinit.simulation.failures import Failures
 from fedinit.simulation.flower_internals import claim_identity, new_run, number
 from fedinit.simulation.worker import Answer, Content, Share, Task
-from fedinit.simulation.workers import DIED, Workers
+from fedinit.simulation.workers import DIED, INLINE_BYTES, Workers
 
 _DEATHS = 3  # of workers, on the same share, that end a run
 
@@ -188,7 +189,11 @@ class RayGrid(Grid):
         return sums
 
     def _store(self, messages: Iterable[Message]) -> dict[int, Content]:
-        """Put each distinct ArrayRecord into the object store once; contents are keyed by id."""
+        """Put each distinct ArrayRecord that is large into the object store, once.
+
+        Returns:
+            The contents by id.
+        """
         refs: dict[int, ray.ObjectRef] = {}
         contents: dict[int, Content] = {}
         for message in messages:
@@ -197,7 +202,7 @@ class RayGrid(Grid):
                 contents[key] = {}
                 for name, record in message.content.items():
                     value: Any = record
-                    if isinstance(record, ArrayRecord):
+                    if isinstance(record, ArrayRecord) and size_in_bytes(record) > INLINE_BYTES:
                         if id(record) not in refs:
                             refs[id(record)] = ray.put(record)
                         value = refs[id(record)]
@@ -220,17 +225,17 @@ class RayGrid(Grid):
         end = None if timeout is None else time.monotonic() + timeout
         while waiting := list(self._under_way):
             left = None if end is None else max(0.0, end - time.monotonic())
-            done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=left)
-            for ref in done:
-                sent = self._under_way.pop(ref)
-                try:
-                    share: Share = self._workers.result(ref)
-                except DIED as error:
-                    self._start_again(sent, error)
-                else:
-                    self._take(share, sent)
-            if len(done) < len(waiting):  # the time is up
+            done, _ = ray.wait(waiting, timeout=left)
+            if not done:  # the time is up
                 return
+            (ref,) = done
+            sent = self._under_way.pop(ref)
+            try:
+                share: Share = self._workers.result(ref)
+            except DIED as error:
+                self._start_again(sent, error)
+            else:
+                self._take(share, sent)
 
     def _take(self, share: Share, sent: _Sent) -> None:
         if share.sums is not None:

@@ -34,6 +34,9 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
 }
+# Weights up to this size go along with each call: for an object in Ray's store several processes
+# have to talk to each other, which takes longer than a few copies.
+INLINE_BYTES = 1 << 20
 # The process, its node, or what it had made.
 DIED = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 _ROOM_SECONDS = 20  # that a new process has to be there before one that lives takes its place
@@ -239,6 +242,8 @@ def _start_ray(import_path: Sequence[str], address: str | None) -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # What Ray sends along with a call or its result: a worker's sums are some vectors like x.
+    os.environ.setdefault("RAY_max_direct_call_object_size", str(4 * INLINE_BYTES))
     # Waiting, Ray looks for signals once a second by itself: two Ctrl-C within it were one.
     os.environ.setdefault("RAY_get_check_signal_interval_milliseconds", "50")
     # Ray's own switch, off by itself on other systems than Linux: Ray then listens on loopback.
