@@ -12,10 +12,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 
 from experiments.wiring import Simulation
-from fedinit.cohort import ARRAYS, METRICS, CohortSums, inner_product
+from fedinit.cohort import ARRAYS, METRICS, CohortSums
 from fedinit.device import device
 from fedinit.measurements.hessian import top_hessian_eigenvalues
 from fedinit.randomness import Draw, keyed
+from fedinit.shares import inner_product
 from fedinit.simulation import ClientError, RayGrid
 from fedinit.simulation.observed_grid import ObservedGrid
 

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +38,18 @@ _COMMAND = [sys.executable, "-c", "from experiments.cli import app; app()"]
 
 class PeerError(RuntimeError):
     """Another simulator failed."""
+
+
+class Peer(NamedTuple):
+    """Another simulator.
+
+    Attributes:
+        command: what Python is to run, before a file's path.
+        settings: of the run it does, where they differ.
+    """
+
+    command: list[str]
+    settings: dict[str, Any]
 
 
 def bench(
@@ -100,10 +112,10 @@ def _measured(
         measured = measure(run, workers, repetitions, note)
     record = _record(measured)
     record["contenders"][RAY_GRID]["start_up_seconds"] = start_up
-    for name, command in _peers(flower, run, measured.workers).items():
+    for name, peer in _peers(flower, run, measured.workers).items():
         note(name)
         try:
-            seconds = _peer_seconds(run, name, command)
+            seconds = _peer_seconds(run, peer)
         except PeerError as error:  # what was measured before stays
             note(f"{name} takes no part: {error}")
             continue
@@ -185,30 +197,32 @@ def _start_up_seconds(run: Run) -> float:
     return float("nan")
 
 
-def _peers(flower: bool, run: Run, processes: int) -> dict[str, list[str]]:
-    """Return what Python is to run for each simulator that takes part, before a file's path.
+def _peers(flower: bool, run: Run, processes: int) -> dict[str, Peer]:
+    """Return the simulators that take part, by name.
 
     pfl's processes have equal shares of a cohort, or draw other clients than they should.
     """
-    found = {FLOWER: ["-c", _FLOWER]} if flower else {}
+    found = {}
+    if flower:
+        strategy = {"strategy": "flwr.serverapp.strategy:FedAvg"}
+        found[FLOWER] = Peer(["-c", _FLOWER], strategy)
     if find_spec("pfl") and run.cohort % processes == 0:
         module = ["-m", "experiments.bench.pfl_research"]
-        found[PFL] = [*_LAUNCHER, f"--nproc-per-node={processes}", *module]
+        found[PFL] = Peer([*_LAUNCHER, f"--nproc-per-node={processes}", *module], {})
     return found
 
 
-def _peer_seconds(run: Run, name: str, command: list[str]) -> list[float]:
+def _peer_seconds(run: Run, peer: Peer) -> list[float]:
     """Seconds of rounds of federated averaging by another simulator, in processes of its own.
 
     Raises:
         PeerError: it cannot do it.
     """
-    plain = {"strategy": "flwr.serverapp.strategy:FedAvg"} if name == FLOWER else {}
-    rounds = {"rounds": _PEER_ROUNDS, "evaluate_every": 1000}
+    settings = {"rounds": _PEER_ROUNDS, "evaluate_every": 1000, **peer.settings}
     with tempfile.TemporaryDirectory() as folder:
-        path = _written(run.model_copy(update=plain | rounds), folder)
+        path = _written(run.model_copy(update=settings), folder)
         done = subprocess.run(  # noqa: S603
-            [sys.executable, *command, str(path)],
+            [sys.executable, *peer.command, str(path)],
             env=_environment() | {"FLWR_TELEMETRY_ENABLED": "0", "RAY_DEDUP_LOGS": "0"},
             capture_output=True,
             text=True,
