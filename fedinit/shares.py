@@ -104,53 +104,39 @@ class Share:
 
     def finish(self) -> None:
         """Let the updates that wait into S, Q, U and the sum of unequal weights."""
-        unequal = self._waiting
-        if not unequal:
-            return
-        self._waiting = []
-        if any(unequal):
-            self._add_unequal()
-        squares = self._squares[: len(unequal)]
-        factors = [torch.ones_like(squares)]
-        if self.alignment:
-            moved = squares > 0
-            self.moved += int(moved.sum())
-            self.squared_norms += squares.sum().item()
-            factors.append(torch.where(moved, squares.rsqrt(), 0.0))
-        if self._uneven:
-            factors.append(squares.new_tensor(unequal))
-        weights, width = torch.stack(factors), 2 * _width(squares) // len(unequal)
-        buffer = squares.new_empty(len(unequal), min(width, self._sums.shape[1]))
-        updates = self._updates[: len(unequal)].split(width, dim=1)
-        kept = 0 if self._empty else 1
-        for block, sums in zip(updates, self._sums.split(width, dim=1), strict=True):
-            sums.addmm_(weights, buffer[:, : block.shape[1]].copy_(block), beta=kept)
-        self._empty = False
-        _spare[:] = [self._updates]
-        self._updates = torch.empty(0)
+        if self._waiting:
+            self._sum_waiting(self._sums.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what travels: D is in the updates' dtype, too, and x far larger.
+        """Return what travels; the share itself keeps no more digits than that.
 
-        With w_1 = 0 the last row is sum w_i D_i: rounded apart, two large terms might cancel.
+        D is in the updates' dtype, too, and x far larger. With w_1 = 0 the last row is sum w_i D_i:
+        rounded apart, two large terms might cancel.
         """
-        self.finish()
-        if self._uneven and self.first_weight:
-            self._sums[-1].add_(self.total, alpha=self.first_weight)
+        if self._uneven or any(self._waiting):
+            self._add_unequal()
+            if not self._empty:
+                self._sums[-1].add_(self.total, alpha=self.first_weight)
+            self._waiting = [unequal + self.first_weight for unequal in self._waiting]
             self.first_weight = 0.0
-        # As ndarrays they travel through shared memory; as tensors they would be copied.
-        sums = self._sums.to(torch.promote_types(self.dtype, torch.float32)).cpu().numpy()
+        self._sum_waiting(torch.promote_types(self.dtype, torch.float32))
         nothing = dict.fromkeys(("found", "_updates", "_squares", "_sent", "_start"))
-        return self.__dict__ | nothing | {"_sums": sums}
+        # As ndarrays they travel through shared memory; as tensors they would be copied.
+        return self.__dict__ | nothing | {"_sums": self._sums.cpu().numpy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _sums=torch.from_numpy(state["_sums"]))
 
     def _add_unequal(self) -> None:
         """Let the last row be there from now on."""
-        if not self._uneven:
-            self._sums = torch.cat([self._sums, torch.zeros_like(self._sums[:1])])
-            self._uneven = True
+        if self._uneven:
+            return
+        rows, size = self._sums.shape
+        sums = self._sums.new_empty(rows + 1, size)
+        if not self._empty:
+            sums[:-1] = self._sums
+            sums[-1] = 0.0
+        self._sums, self._uneven = sums, True
 
     def _sum_short(self, weights: Tensor, unequal: float) -> None:
         """Let a short vector into the sums at once, while it is in the cache."""
@@ -189,6 +175,41 @@ class Share:
         self._waiting.append(unequal)
         if len(self._waiting) == len(self._updates):
             self.finish()
+
+    def _sum_waiting(self, dtype: torch.dtype) -> None:
+        """Let the updates that wait into the sums, and keep these in a dtype.
+
+        A block of them is formed in float64, in the cache, and goes through memory rounded.
+        """
+        unequal, self._waiting = self._waiting, []
+        if not unequal:
+            self._sums = self._sums.to(dtype)
+            return
+        if any(unequal):
+            self._add_unequal()
+        squares = self._squares[: len(unequal)]
+        factors = [torch.ones_like(squares)]
+        if self.alignment:
+            moved = squares > 0
+            self.moved += int(moved.sum())
+            self.squared_norms += squares.sum().item()
+            factors.append(torch.where(moved, squares.rsqrt(), 0.0))
+        if self._uneven:
+            factors.append(squares.new_tensor(unequal))
+        kept = self._sums
+        if dtype != kept.dtype:
+            self._sums = torch.empty_like(kept, dtype=dtype)
+        weights, width = torch.stack(factors), 2 * _width(squares) // len(unequal)
+        buffer = squares.new_empty(len(unequal), min(width, kept.shape[1]))
+        updates, beta = self._updates[: len(unequal)], 0 if self._empty else 1
+        for place, before, block in zip(
+            *(each.split(width, dim=1) for each in (self._sums, kept, updates)), strict=True
+        ):
+            update = buffer[:, : block.shape[1]].copy_(block)
+            place.copy_(torch.addmm(before.double(), weights, update, beta=beta))
+        self._empty = False
+        _spare[:] = [self._updates]
+        self._updates = torch.empty(0)
 
 
 def find(shares: Sequence[Share], scale: float) -> Found:
