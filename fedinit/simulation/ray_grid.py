@@ -25,7 +25,7 @@ from fedinit.parameters import Layout, size_in_bytes
 from fedinit.simulation.failures import Failures
 from fedinit.simulation.flower_internals import claim_identity, new_run, number
 from fedinit.simulation.worker import Answer, Content, Share, Task
-from fedinit.simulation.workers import DIED, INLINE_BYTES, Workers
+from fedinit.simulation.workers import DIED, Workers
 
 _DEATHS = 3  # of workers, on the same share, that end a run
 
@@ -194,6 +194,7 @@ class RayGrid(Grid):
         Returns:
             The contents by id.
         """
+        inline = self._workers.inline_bytes
         refs: dict[int, ray.ObjectRef] = {}
         contents: dict[int, Content] = {}
         for message in messages:
@@ -202,7 +203,7 @@ class RayGrid(Grid):
                 contents[key] = {}
                 for name, record in message.content.items():
                     value: Any = record
-                    if isinstance(record, ArrayRecord) and size_in_bytes(record) > INLINE_BYTES:
+                    if isinstance(record, ArrayRecord) and size_in_bytes(record) > inline:
                         if id(record) not in refs:
                             refs[id(record)] = ray.put(record)
                         value = refs[id(record)]

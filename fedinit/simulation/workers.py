@@ -34,9 +34,11 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
 }
-# Weights up to this size go along with each call: for an object in Ray's store several processes
-# have to talk to each other, which takes longer than a few copies.
-INLINE_BYTES = 1 << 20
+# Weights up to this size go along with each call, where Ray is started for it: for an object in
+# Ray's store several processes have to talk to each other, which takes longer than a few copies.
+_INLINE_BYTES = 1 << 20
+# What Ray sends along with a call or its result: a worker's sums are some vectors like x.
+_RAY = {"RAY_max_direct_call_object_size": str(4 * _INLINE_BYTES)}
 # The process, its node, or what it had made.
 DIED = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 _ROOM_SECONDS = 20  # that a new process has to be there before one that lives takes its place
@@ -52,6 +54,9 @@ class Workers:
         most: an upper bound for `number=None`: more workers than clients in a round would idle.
         import_path: folders that workers put on their import path; sent to other machines.
         address: a running Ray cluster to join; None starts Ray on this machine, for this machine.
+
+    Attributes:
+        inline_bytes: arrays up to this size go along with each call, and not into Ray's store.
 
     Raises:
         RequestError: Ray has fewer CPUs than `number`, or does not start or cannot be reached.
@@ -76,6 +81,7 @@ class Workers:
         self.number = number or max(1, min(gpus or cpus, cpus, most or cpus))
         self.gpu_share = 1 / -(-self.number // gpus) if gpus else 0.0
         without = address is not None or not self._started  # Ray was started without ENVIRONMENT
+        self.inline_bytes = 0 if without else _INLINE_BYTES
         self._actor = ray.remote(Worker).options(
             num_cpus=1,
             num_gpus=self.gpu_share,
@@ -242,8 +248,6 @@ def _start_ray(import_path: Sequence[str], address: str | None) -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # What Ray sends along with a call or its result: a worker's sums are some vectors like x.
-    os.environ.setdefault("RAY_max_direct_call_object_size", str(4 * INLINE_BYTES))
     # Waiting, Ray looks for signals once a second by itself: two Ctrl-C within it were one.
     os.environ.setdefault("RAY_get_check_signal_interval_milliseconds", "50")
     # Ray's own switch, off by itself on other systems than Linux: Ray then listens on loopback.
@@ -255,7 +259,7 @@ def _start_ray(import_path: Sequence[str], address: str | None) -> None:
             excluded = ["results", ".git", "*.safetensors", "*.parquet", "*.arrow", "*.jsonl"]
             settings["runtime_env"] = {"working_dir": import_path[0], "excludes": excluded}
     try:
-        with environment(ENVIRONMENT if address is None else {}):
+        with environment(ENVIRONMENT | _RAY if address is None else {}):
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **settings)
     except Exception as error:  # whatever it is that Ray could not do
         where = "Ray" if address is None else f"--address {address}: Ray"
