@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedinit.config import Run
 from fedinit.device import device
-from fedinit.measurements.evaluation import correct_by_row, count_targets, per_example
+from fedinit.measurements.evaluation import correct_predictions, count_targets, per_example
 from fedinit.problem import Problem
 from fedinit.randomness import Draw, keyed, torch_seed
 
@@ -130,9 +130,9 @@ class LocalTraining:
         client: the client's position in the sorted ids.
         draws: the client's own, in that round.
         steps: number of local steps done, in a list of one client.
-        losses, correct: of every row visited, a vector for each batch, for the train metrics: on
-            the device, and added up once, when it is done; `correct` is None without labels.
-        targets_seen: number of targets in them.
+        examples_seen, targets_seen: how many were visited, for the train metrics.
+        losses, correct: their sums for each batch, on the device; they are added up once, when it
+            is done. `correct` is None without labels.
     """
 
     workspace: Workspace
@@ -141,9 +141,10 @@ class LocalTraining:
     client: int
     draws: LocalDraws
     steps: list[int] = field(default_factory=lambda: [0])
+    examples_seen: int = 0
+    targets_seen: int | Tensor = 0
     losses: list[Tensor] = field(default_factory=list)
     correct: list[Tensor] | None = field(default_factory=list)
-    targets_seen: int | Tensor = 0
     rows: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -207,11 +208,9 @@ class LocalTraining:
 
     def metrics(self) -> list[dict[str, float]]:
         """Return the client's examples and its means over every example visited."""
-        losses = torch.cat(self.losses)
-        means = {"train-loss": float(losses.sum(dtype=torch.float64)) / len(losses)}
+        means = {"train-loss": _total(self.losses) / self.examples_seen}
         if self.correct is not None:
-            correct = float(torch.cat(self.correct).sum())
-            means["train-accuracy"] = correct / float(self.targets_seen)
+            means["train-accuracy"] = _total(self.correct) / float(self.targets_seen)
         return [{"num-examples": len(self.rows), **means}]
 
     def _batches(self, order: np.ndarray) -> Sequence[Tensor]:
@@ -233,11 +232,17 @@ class LocalTraining:
         outputs = problem.model(inputs)
         losses = per_example(problem.loss(outputs, targets), targets)
         if count:
-            self.losses.append(losses.detach())
+            self.examples_seen += len(rows)
             self.targets_seen += count_targets(targets)
-            right = correct_by_row(outputs, targets)
-            if right is None:
+            self.losses.append(losses.detach().sum(dtype=torch.float64))
+            correct = correct_predictions(outputs, targets)
+            if correct is None:
                 self.correct = None
             elif self.correct is not None:
-                self.correct.append(right)
+                self.correct.append(correct)
         return losses
+
+
+def _total(batches: list[Tensor]) -> float:
+    """Add up numbers, one for each batch, and read what they come to."""
+    return float(batches[0] if len(batches) == 1 else torch.stack(batches).sum())

@@ -15,8 +15,8 @@ from experiments.wiring import Simulation
 from fedinit.cohort import ARRAYS, METRICS, CohortSums
 from fedinit.device import device
 from fedinit.measurements.hessian import top_hessian_eigenvalues
+from fedinit.partial_sums import inner_product
 from fedinit.randomness import Draw, keyed
-from fedinit.shares import inner_product
 from fedinit.simulation import ClientError, RayGrid
 from fedinit.simulation.observed_grid import ObservedGrid
 

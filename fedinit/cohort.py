@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedinit.parameters import Array, Layout, tensor
-from fedinit.shares import Found, Share, find, mean
+from fedinit.partial_sums import Found, PartialSums, find, mean
 
 ARRAYS, METRICS, NUM_EXAMPLES = "arrays", "metrics", "num-examples"
 LOCAL_NORM = "local-norm"  # metric of a client whose update counts as D_i / a_i (FedNova)
@@ -51,8 +51,8 @@ class Trained(NamedTuple):
 class CohortSums:
     """Sums over updates D_i = x - y_i of clients with n_i examples.
 
-    Merging adds no vectors up: their sums stay the shares' of the processes that formed them, and
-    are read together when a result is asked for.
+    Merging adds no vectors up: the processes' partial sums are read together when a result is asked
+    for.
 
     Args:
         layout: the model's layout; updates are over its trainable arrays.
@@ -67,8 +67,8 @@ class CohortSums:
         self.rest: dict[str, Tensor] = {}  # sum n_i b_i; integer buffers: the first client's
         self.extra: dict[str, dict[str, Tensor]] = {}  # sum n_i e_i of further ArrayRecords
         self.metrics: dict[str, float] = {}  # sum n_i m_i
-        self._shares: list[Share] = []
-        self._own: Share | None = None  # the one that is added to
+        self._parts: list[PartialSums] = []
+        self._own: PartialSums | None = None  # the one that is added to
 
     def add(self, start: Tensor, reply: RecordDict) -> None:
         """Add one reply to a message that carried the vector `start`.
@@ -96,8 +96,8 @@ class CohortSums:
         examples = float(metrics[NUM_EXAMPLES])
         weight = examples / metrics.get(LOCAL_NORM, 1.0)
         if self._own is None:
-            self._own = Share(start, trained.weights, weight, self.alignment)
-            self._shares.append(self._own)
+            self._own = PartialSums(start, trained.weights, weight, self.alignment)
+            self._parts.append(self._own)
         self._own.add(start, trained.weights, weight)
         self._accumulate(self.rest, trained.rest, examples)
         for name, arrays in trained.extra.items():
@@ -110,7 +110,9 @@ class CohortSums:
 
     def merge(self, other: "CohortSums") -> None:
         """Add another share of the cohort; its vectors are shared with it."""
-        self._shares += other._shares
+        for each in other._parts:
+            each.finish()
+        self._parts += other._parts
         self.clients += other.clients
         self.examples += other.examples
         self._accumulate(self.rest, other.rest, 1.0)
@@ -145,7 +147,7 @@ class CohortSums:
         Of clients that tell their local norm a_i, as nova's do, tau_eff sum p_i D_i / a_i with
         tau_eff = sum p_i a_i (Wang et al. 2020, eq. 6).
         """
-        return mean(self._shares, self._scale())
+        return mean(self._parts, self._scale())
 
     def pseudo_gradient(self) -> Tensor:
         """D as a server optimizer steps on it, in the updates' dtype; to read, not to write to."""
@@ -159,7 +161,7 @@ class CohortSums:
         return self.mean_metrics().get(LOCAL_NORM, 1.0) / self.examples
 
     def _found(self) -> Found:
-        return find(self._shares, self._scale())
+        return find(self._parts, self._scale())
 
     def mean_rest(self, start: dict[str, Tensor]) -> dict[str, Tensor]:
         """The plain weighted mean of what is not trained, typed as `start`; integers are copied."""
@@ -207,7 +209,7 @@ class CohortSums:
         """
         total = self._found().total
         if total > 0:
-            return sum(each.squared_norms for each in self._shares) / total
+            return sum(each.squared_norms for each in self._parts) / total
         return math.inf if self._moved() else math.nan
 
     def mean_pairwise_cosine(self) -> float:
@@ -216,7 +218,7 @@ class CohortSums:
         return (directions - kept) / (kept * (kept - 1)) if kept > 1 else math.nan
 
     def _moved(self) -> int:
-        return sum(each.moved for each in self._shares)
+        return sum(each.moved for each in self._parts)
 
 
 def _record(arrays: Mapping[str, Tensor]) -> ArrayRecord:

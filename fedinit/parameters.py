@@ -66,8 +66,13 @@ def tensor(array: flwr.app.Array) -> Tensor:
 
 
 def size_in_bytes(record: flwr.app.ArrayRecord) -> int:
-    """Return the bytes of a record's values; none is encoded or made for it."""
-    return sum(prod(each.shape) * np.dtype(each.dtype).itemsize for each in record.values())
+    """Return the bytes that a record's arrays take; none is encoded or made for it."""
+    return sum(
+        prod(each.shape) * np.dtype(each.dtype).itemsize
+        if isinstance(each, Array)
+        else len(each.data)
+        for each in record.values()
+    )
 
 
 class ArrayRecord(flwr.app.ArrayRecord):

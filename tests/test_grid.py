@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
+from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedinit.cohort import CohortSums, Trained
-from fedinit.parameters import Array, Layout
+from fedinit.parameters import Array, Layout, size_in_bytes
 from fedinit.simulation import ClientError, RayGrid, Workers
 from fedinit.simulation.ray_grid import assign
 from strategies.fedopt import FedOpt
@@ -95,6 +97,31 @@ def test_workers_reduce_to_the_weighted_mean(workers):
         for each in many
     )
     assert (mean / total).tolist() == pytest.approx([1 + 40 / 15, 2 + 40 / 15, 3 + 40 / 15])
+
+
+@pytest.mark.parametrize(("inline", "puts"), [(0, 2), (1 << 20, 0)])
+def test_contents_go_along_or_by_the_store(workers, monkeypatch, inline, puts):
+    """Once each, of two that five messages share; an array that says no dtype has its bytes' size.
+
+    Clients 0 to 4 add their number: their replies are those of any other way.
+    """
+    stored = []
+
+    def put(value: ArrayRecord) -> ray.ObjectRef:
+        stored.append(value)
+        return store(value)
+
+    store = ray.put
+    monkeypatch.setattr(workers, "inline_bytes", inline)
+    monkeypatch.setattr(ray, "put", put)
+    messages = train_messages([0, 1, 2, 3, 4])
+    unknown = ArrayRecord({"own": FlowerArray(dtype="", shape=(), stype="own", data=b"1234")})
+    messages[0].content["further"] = unknown
+    assert size_in_bytes(unknown) == 4
+    grid = RayGrid(workers, counting_app, num_clients=5)
+    replies = grid.send_and_receive(messages)
+    assert [reply.content["arrays"]["w"].numpy()[0] for reply in replies] == [1, 2, 3, 4, 5]
+    assert len(stored) == puts
 
 
 def test_a_failing_client_is_named(workers):
@@ -240,7 +267,7 @@ def test_sums_that_travelled_are_exact_to_the_updates_own_digits(size):
         for client in clients:
             metrics = {"num-examples": int(examples[client])}
             share.add_trained(start, Trained(torch.from_numpy(-updates[client]), metrics, {}, {}))
-        total.merge(copy.copy(share))
+        total.merge(copy.deepcopy(share))
     exact = updates.astype(np.float64)
     mean = examples @ exact / examples.sum()
     assert np.abs(total.mean_update().numpy() - mean).max() < 1e-6 * np.abs(mean).max()
@@ -263,7 +290,7 @@ def test_what_was_found_is_read_anew_once_a_share_is_added():
         weights = -torch.tensor(update, dtype=torch.float64)
         start = torch.zeros(3, dtype=torch.float64)
         sums.add_trained(start, Trained(weights, {"num-examples": 1}, {}, {}))
-        return copy.copy(sums)
+        return copy.deepcopy(sums)  # as pickling does, it asks what travels
 
     total = CohortSums(layout())
     total.merge(share(3, 0, 0))

@@ -286,6 +286,21 @@ def test_rounds_hold_what_the_clients_did(outcome, tmp_path):
     assert second["wall_seconds"] > 0
 
 
+def test_the_train_loss_is_of_the_points_that_were_visited(finals):
+    """f(x) = x from 0 at rate 1/2, three batches of one row: losses 0, -1/2, -1, mean -1/2."""
+    settings = FROM_ZERO | {
+        "dataset_args": {"curvature": [[1.0]], "optimum": [[0.0]], "examples": [3]},
+        "model": "plugged_in:Itself",
+        "loss": "plugged_in:first_output",
+        "client": {"lr": 0.5, "batch_size": 1},
+        "cohort": 1,
+        "rounds": 1,
+    }
+    [folder] = finals(settings).values()
+    assert RunFolder(folder).rounds[1]["train_loss"] == pytest.approx(-0.5)
+    assert RunFolder(folder).weights["x"].item() == pytest.approx(-1.5)
+
+
 FROM_ZERO = SETTINGS | {"initialization": "random", "server": {"lr": 1.0}}  # Point starts at 0
 
 

@@ -36,7 +36,7 @@ def correct_predictions(outputs: Tensor, targets: Tensor) -> Tensor | None:
 
 def per_example(losses: Tensor, targets: Tensor) -> Tensor:
     """Return one loss for each row: the mean over its targets where there are several."""
-    if losses.ndim == 1:
+    if losses.ndim == 1:  # so it is; three operations fewer in each local step
         return losses
     sums, counts = _by_row(losses, targets)
     return sums / counts

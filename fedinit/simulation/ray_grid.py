@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 import torch
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -194,20 +194,19 @@ class RayGrid(Grid):
         Returns:
             The contents by id.
         """
-        inline = self._workers.inline_bytes
-        refs: dict[int, ray.ObjectRef] = {}
+        most = self._workers.inline_bytes
+        values: dict[int, Any] = {}  # of ArrayRecords, by id
         contents: dict[int, Content] = {}
         for message in messages:
             key = id(message.content)
-            if key not in contents:
-                contents[key] = {}
-                for name, record in message.content.items():
-                    value: Any = record
-                    if isinstance(record, ArrayRecord) and size_in_bytes(record) > inline:
-                        if id(record) not in refs:
-                            refs[id(record)] = ray.put(record)
-                        value = refs[id(record)]
-                    contents[key][name] = value
+            if key in contents:
+                continue
+            contents[key] = dict(message.content)
+            for name, record in message.content.array_records.items():
+                if id(record) not in values:
+                    large = size_in_bytes(record) > most
+                    values[id(record)] = ray.put(record) if large else record
+                contents[key][name] = values[id(record)]
         return contents
 
     def _task(self, message: Message) -> Task:
@@ -226,17 +225,17 @@ class RayGrid(Grid):
         end = None if timeout is None else time.monotonic() + timeout
         while waiting := list(self._under_way):
             left = None if end is None else max(0.0, end - time.monotonic())
-            done, _ = ray.wait(waiting, timeout=left)
-            if not done:  # the time is up
+            done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=left)
+            for ref in done:
+                sent = self._under_way.pop(ref)
+                try:
+                    share: Share = self._workers.result(ref)
+                except DIED as error:
+                    self._start_again(sent, error)
+                else:
+                    self._take(share, sent)
+            if len(done) < len(waiting):  # the time is up
                 return
-            (ref,) = done
-            sent = self._under_way.pop(ref)
-            try:
-                share: Share = self._workers.result(ref)
-            except DIED as error:
-                self._start_again(sent, error)
-            else:
-                self._take(share, sent)
 
     def _take(self, share: Share, sent: _Sent) -> None:
         if share.sums is not None:

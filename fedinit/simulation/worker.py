@@ -17,7 +17,7 @@ from fedinit.parameters import Layout
 from fedinit.registry import add_to_path
 from fedinit.simulation.flower_internals import RUN_ID, claim_identity
 
-# A message's content: its records by name, ArrayRecords as references into Ray's object store.
+# A message's content: its records by name, large ones as references into Ray's object store.
 Content = dict[str, Any]
 
 
@@ -203,7 +203,7 @@ def _usual(reply: RecordDict | None) -> TypeGuard[RecordDict]:
 
 
 def _fetch(contents: Mapping[int, Content]) -> dict[int, RecordDict]:
-    """Resolve the references; arrays stay in shared memory and are decoded by nobody."""
+    """Resolve the references; what they refer to stays in shared memory. Nothing is decoded."""
     return {
         key: RecordDict(
             {

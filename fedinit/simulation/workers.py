@@ -56,7 +56,7 @@ class Workers:
         address: a running Ray cluster to join; None starts Ray on this machine, for this machine.
 
     Attributes:
-        inline_bytes: arrays up to this size go along with each call, and not into Ray's store.
+        inline_bytes: an ArrayRecord up to this size goes along with a call, not by Ray's store.
 
     Raises:
         RequestError: Ray has fewer CPUs than `number`, or does not start or cannot be reached.

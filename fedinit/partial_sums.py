@@ -22,29 +22,31 @@ _spare: list[Tensor] = []
 
 
 class Found(NamedTuple):
-    """What the sums of some shares come to.
+    """What the sums of some parts come to.
 
     Attributes:
-        shares: how many they were.
+        parts: how many they were.
+        scale: what the weighted sum of updates was multiplied with.
         update: D, in the updates' dtype.
         norm: of D.
         total: ||S||^2.
         directions: ||U||^2; 0 if nobody formed U.
     """
 
-    shares: int
+    parts: int
+    scale: float
     update: Tensor
     norm: float
     total: float
     directions: float
 
 
-class Share:
+class PartialSums:
     """The sums over one process's part of a cohort, of updates D_i = x - y_i with weights w_i.
 
     sum w_i D_i = w_1 S + sum (w_i - w_1) D_i: the last sum is not there while clients are alike.
     All are formed in float64, and rounded to the updates' dtype when they travel to another
-    process; then nothing is added any more.
+    process, where they are read and nothing is added.
 
     Args:
         start: x, as the first client got it.
@@ -56,7 +58,7 @@ class Share:
         dtype: of the updates.
         moved: clients whose update is not zero.
         squared_norms: Q = sum ||D_i||^2.
-        found: what the sums came to, last, with those of other shares.
+        found: what the sums came to, last, with those of other parts.
     """
 
     def __init__(
@@ -108,12 +110,12 @@ class Share:
             self._sum_waiting(self._sums.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what travels; the share itself keeps no more digits than that.
+        """Return what travels; no more digits than that are kept here.
 
         D is in the updates' dtype, too, and x far larger. With w_1 = 0 the last row is sum w_i D_i:
         rounded apart, two large terms might cancel.
         """
-        if self._uneven or any(self._waiting):
+        if self.first_weight and (self._uneven or any(self._waiting)):
             self._add_unequal()
             if not self._empty:
                 self._sums[-1].add_(self.total, alpha=self.first_weight)
@@ -212,31 +214,34 @@ class Share:
         self._updates = torch.empty(0)
 
 
-def find(shares: Sequence[Share], scale: float) -> Found:
-    """Read the sums of shares in one pass.
+def find(parts: Sequence[PartialSums], scale: float) -> Found:
+    """Read the sums of parts in one pass.
 
     What they come to is kept with them: a strategy and whoever records the round both ask.
 
     Args:
-        shares: at least one.
+        parts: at least one.
         scale: what the weighted sum of updates is multiplied with to be their mean.
+
+    Returns:
+        D and the squared norms.
     """
-    for each in shares:
+    for each in parts:
         each.finish()
-    first = shares[0]
+    first = parts[0]
     known = first.found
-    if known and known.shares == len(shares) and all(each.found is known for each in shares):
+    if known and known[:2] == (len(parts), scale) and all(each.found is known for each in parts):
         return known
-    alike = len({each.first_weight for each in shares}) == 1 and not any(
-        each.unequal is not None for each in shares
+    alike = len({each.first_weight for each in parts}) == 1 and not any(
+        each.unequal is not None for each in parts
     )
     factor = first.first_weight * scale
-    sums = [[(each.total, 1.0) for each in shares]]
+    sums = [[(each.total, 1.0) for each in parts]]
     if first.alignment:
-        sums.append([(each.directions, 1.0) for each in shares])
+        sums.append([(each.directions, 1.0) for each in parts])
     if not alike:
-        sums.append(_mean_terms(shares, scale))
-    dtype = reduce(torch.promote_types, (each.dtype for each in shares))
+        sums.append(_mean_terms(parts, scale))
+    dtype = reduce(torch.promote_types, (each.dtype for each in parts))
     update = torch.empty_like(first.total, dtype=dtype)
     squares = [0.0, 0.0, 0.0]
     for place, total, *others in zip(update.split(_BLOCK), *map(_added, sums), strict=True):
@@ -244,17 +249,17 @@ def find(shares: Sequence[Share], scale: float) -> Found:
         place.copy_(block_of_mean)
         for index, block in enumerate((block_of_mean, total, *others)):
             squares[index] += torch.dot(block, block).item()
-    found = Found(len(shares), update, squares[0] ** 0.5, *squares[1:])
-    for each in shares:
+    found = Found(len(parts), scale, update, squares[0] ** 0.5, *squares[1:])
+    for each in parts:
         each.found = found
     return found
 
 
-def mean(shares: Sequence[Share], scale: float) -> Tensor:
-    """Return the mean of the shares' updates in float64; arguments as for `find`."""
-    for each in shares:
+def mean(parts: Sequence[PartialSums], scale: float) -> Tensor:
+    """Return the mean of the parts' updates in float64; arguments as for `find`."""
+    for each in parts:
         each.finish()
-    return torch.cat(list(_added(_mean_terms(shares, scale))))
+    return torch.cat(list(_added(_mean_terms(parts, scale))))
 
 
 def inner_product(first: Tensor, second: Tensor) -> float:
@@ -263,9 +268,9 @@ def inner_product(first: Tensor, second: Tensor) -> float:
     return sum(torch.dot(one.double(), other.double()).item() for one, other in blocks)
 
 
-def _mean_terms(shares: Sequence[Share], scale: float) -> list[tuple[Tensor, float]]:
-    terms = [(each.total, each.first_weight * scale) for each in shares]
-    return terms + [(each.unequal, scale) for each in shares if each.unequal is not None]
+def _mean_terms(parts: Sequence[PartialSums], scale: float) -> list[tuple[Tensor, float]]:
+    terms = [(each.total, each.first_weight * scale) for each in parts]
+    return terms + [(each.unequal, scale) for each in parts if each.unequal is not None]
 
 
 def _added(terms: Sequence[tuple[Tensor, float]]) -> Iterator[Tensor]:
