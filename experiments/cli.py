@@ -113,7 +113,7 @@ def run(
     except StoppedError:
         if (folder / SUMMARY).exists():
             _show(console, folder, read_summary(folder))
-        progress.note(f"stopped; --out {folder} --resume goes on")
+        progress.note(f"stopped; --out {folder} --resume goes on, with the same file and --set")
         raise
     _show(console, folder, summary)
     if any(row["status"] != DONE for row in summary["runs"]):
