@@ -130,9 +130,8 @@ class LocalTraining:
         client: the client's position in the sorted ids.
         draws: the client's own, in that round.
         steps: number of local steps done, in a list of one client.
-        examples_seen, targets_seen: how many were visited, for the train metrics.
-        losses, correct: their sums for each batch, on the device; they are added up once, when it
-            is done. `correct` is None without labels.
+        examples_seen, targets_seen, loss_sum, correct: sums over every example visited, for the
+            train metrics; those from the device are read once, when it is done.
     """
 
     workspace: Workspace
@@ -143,8 +142,8 @@ class LocalTraining:
     steps: list[int] = field(default_factory=lambda: [0])
     examples_seen: int = 0
     targets_seen: int | Tensor = 0
-    losses: list[Tensor] = field(default_factory=list)
-    correct: list[Tensor] | None = field(default_factory=list)
+    loss_sum: float | Tensor = 0.0
+    correct: int | Tensor | None = 0
     rows: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -208,9 +207,9 @@ class LocalTraining:
 
     def metrics(self) -> list[dict[str, float]]:
         """Return the client's examples and its means over every example visited."""
-        means = {"train-loss": _total(self.losses) / self.examples_seen}
+        means = {"train-loss": float(self.loss_sum) / self.examples_seen}
         if self.correct is not None:
-            means["train-accuracy"] = _total(self.correct) / float(self.targets_seen)
+            means["train-accuracy"] = float(self.correct) / float(self.targets_seen)
         return [{"num-examples": len(self.rows), **means}]
 
     def _batches(self, order: np.ndarray) -> Sequence[Tensor]:
@@ -234,15 +233,9 @@ class LocalTraining:
         if count:
             self.examples_seen += len(rows)
             self.targets_seen += count_targets(targets)
-            self.losses.append(losses.detach().sum(dtype=torch.float64))
+            self.loss_sum += losses.detach().sum(dtype=torch.float64)
             correct = correct_predictions(outputs, targets)
-            if correct is None:
-                self.correct = None
-            elif self.correct is not None:
-                self.correct.append(correct)
+            self.correct = (
+                None if correct is None or self.correct is None else self.correct + correct
+            )
         return losses
-
-
-def _total(batches: list[Tensor]) -> float:
-    """Add up numbers, one for each batch, and read what they come to."""
-    return float(batches[0] if len(batches) == 1 else torch.stack(batches).sum())

@@ -36,10 +36,8 @@ def correct_predictions(outputs: Tensor, targets: Tensor) -> Tensor | None:
 
 def per_example(losses: Tensor, targets: Tensor) -> Tensor:
     """Return one loss for each row: the mean over its targets where there are several."""
-    if losses.ndim == 1:  # so it is; three operations fewer in each local step
-        return losses
     sums, counts = _by_row(losses, targets)
-    return sums / counts
+    return sums if counts is None else sums / counts
 
 
 def targets_by_row(targets: Tensor) -> Tensor | None:
@@ -55,13 +53,12 @@ def count_targets(targets: Tensor) -> int | Tensor:
     return len(targets) if rows is None else rows.sum()
 
 
-def _by_row(losses: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's summed loss, and over how many targets it is summed."""
+def _by_row(losses: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return each row's summed loss, and over how many targets it is summed; None: one each."""
     if losses.ndim == 1:
-        return losses, torch.ones_like(losses)
+        return losses, None
     if targets.is_floating_point() or losses.shape != targets.shape:
-        means = losses.flatten(1).mean(1)
-        return means, torch.ones_like(means)
+        return losses.flatten(1).mean(1), None
     present = targets != IGNORED
     return (losses * present).flatten(1).sum(1), present.flatten(1).sum(1)
 
@@ -93,7 +90,7 @@ def evaluate(
             outputs = model(inputs)
             sums, counts = _by_row(loss(outputs, targets), targets)
             loss_sum = sums.double().sum() + loss_sum
-            examples = counts.sum() + examples
+            examples = examples + (len(sums) if counts is None else counts.sum())
             labels = count_targets(targets) + labels
             right = correct_predictions(outputs, targets)
             correct = None if right is None or correct is None else right + correct
