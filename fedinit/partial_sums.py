@@ -1,24 +1,21 @@
 """Running sums over one process's part of a cohort's updates, and what all parts come to.
 
-A pass through vectors that lie in memory is what takes time here: long updates go through the sums
-block by block and several at a time, and the sums of all parts are read once, together.
+A pass through vectors that lie in memory is what takes time here: updates go through the sums
+several at a time, long ones block by block, and the sums of all parts are read once, together.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_SHORT = 1 << 17  # elements of a vector that, in float64, is half of a core's cache
-_TOGETHER = 8  # updates that go through the sums together: one pass through memory serves all
+_TOGETHER = 32  # updates that go through the sums together: one pass through memory serves all
 _ROOM_BYTES = 400 << 20  # that updates may wait in; long ones go through the sums in smaller groups
-_BLOCK = 1 << 16  # elements of a block: what is made of it stays in a core's cache
+_PIECE = 1 << 10  # elements whose squares are added up in their own dtype, and then in float64
+_BLOCK = 1 << 17  # elements of a block: what is made of it stays in a core's cache
 _GPU_BLOCK = 1 << 22  # likewise on a GPU, where a block costs its launches
-
-# Room where updates wait: the kernel's first touch of new memory costs more than the sums.
-_spare: list[Tensor] = []
 
 
 class Found(NamedTuple):
@@ -44,174 +41,162 @@ class Found(NamedTuple):
 class PartialSums:
     """The sums over one process's part of a cohort, of updates D_i = x - y_i with weights w_i.
 
-    sum w_i D_i = w_1 S + sum (w_i - w_1) D_i: the last sum is not there while clients are alike.
-    All are formed in float64, and rounded to the updates' dtype when they travel to another
-    process, where they are read and nothing is added.
+    A few updates are added up in their own dtype, at least float32, to which y_i was rounded; these
+    sums in float64. They are rounded again when they travel to another process, where they are read
+    and nothing is added.
 
     Args:
         start: x, as the first client got it.
         weights: that client's y; where it lies, the sums lie.
-        first_weight: w_1.
+        weight: its w.
         alignment: whether to sum what gradient diversity and the cosines need.
 
     Attributes:
         dtype: of the updates.
+        size: elements of each.
+        weight: of every client; None if they differ.
         moved: clients whose update is not zero.
         squared_norms: Q = sum ||D_i||^2.
         found: what the sums came to, last, with those of other parts.
     """
 
-    def __init__(
-        self, start: Tensor, weights: Tensor, first_weight: float, alignment: bool
-    ) -> None:
+    def __init__(self, start: Tensor, weights: Tensor, weight: float, alignment: bool) -> None:
         self.dtype = torch.promote_types(start.dtype, weights.dtype)
-        self.first_weight = first_weight
+        self.size = len(weights)
+        self.weight: float | None = weight
         self.alignment = alignment
         self.moved = 0
         self.squared_norms = 0.0
         self.found: Found | None = None
-        # Rows: S = sum D_i; U = sum D_i / ||D_i||; sum (w_i - w_1) D_i.
-        self._sums = weights.new_empty(1 + alignment, len(weights), dtype=torch.float64)
-        self._uneven = False  # whether the last row is there
-        self._empty = True  # whether the rows still hold what was in their memory before
-        self._waiting: list[float] = []  # w_i - w_1 of updates that are not yet in the sums
-        self._updates = self._squares = torch.empty(0)  # these, and their ||D_i||^2
-        self._sent, self._start = start, start.to(weights.device)
+        # Rows: S = sum D_i; U = sum D_i / ||D_i||; W = sum w_i D_i, not there while w_i are alike.
+        self._sums = torch.empty(0)  # none yet
+        self._waiting: list[float] = []  # w_i of updates that are not yet in the sums
+        self._room: _Room | None = None  # where these are
+        self._start = torch.empty(0)  # x as it was sent
+        self._blocks: tuple[Tensor, ...] = ()  # of x, where the sums lie
 
     @property
-    def total(self) -> Tensor:
-        """S."""
-        return self._sums[0]
+    def rows(self) -> Tensor:
+        """S, and U if it is formed; zeros fill the last piece."""
+        self.finish()
+        return self._sums[: 1 + self.alignment]
 
     @property
-    def directions(self) -> Tensor:
-        """U, if it is formed."""
-        return self._sums[1]
-
-    @property
-    def unequal(self) -> Tensor | None:
-        """sum (w_i - w_1) D_i; None while all weights are alike."""
-        return self._sums[-1] if self._uneven else None
+    def weighted(self) -> tuple[Tensor, float]:
+        """A vector, as long as the rows, and what to multiply it with to be sum w_i D_i."""
+        self.finish()
+        return (self._sums[-1], 1.0) if self.weight is None else (self._sums[0], self.weight)
 
     def add(self, start: Tensor, weights: Tensor, weight: float) -> None:
         """Add the update of a client that made y of x, with its weight; y may change afterwards."""
         self.found = None
-        if self._sent is not start:
-            self._sent, self._start = start, start.to(weights.device)
-        unequal = weight - self.first_weight
-        if len(start) <= _SHORT and not weights.is_cuda:
-            self._sum_short(weights, unequal)
-        else:
-            self._wait(weights, unequal)
+        width = _width(weights)
+        if self._start is not start:
+            self._start, self._blocks = start, start.to(weights.device).split(width)
+        if self._room is None:
+            self._room = _Room.of(weights, torch.promote_types(self.dtype, torch.float32))
+        place = self._room.places[len(self._waiting)]
+        for x, y, (update, pieces, norms) in zip(
+            self._blocks, weights.split(width), place, strict=True
+        ):
+            torch.sub(x, y, out=update)
+            if self.alignment:  # while it is in the cache
+                torch.linalg.vector_norm(pieces, dim=-1, out=norms)
+        self._waiting.append(weight)
+        if len(self._waiting) == len(self._room.places):
+            self.finish()
 
     def finish(self) -> None:
-        """Let the updates that wait into S, Q, U and the sum of unequal weights."""
-        if self._waiting:
-            self._sum_waiting(self._sums.dtype)
+        """Let the updates that wait into the sums."""
+        weights, room, self._waiting, self._room = self._waiting, self._room, [], None
+        if room is None:
+            return
+        if self.weight is not None and set(weights) != {self.weight}:
+            if len(self._sums):
+                self._sums = torch.cat([self._sums, self._sums[:1] * self.weight])
+            self.weight = None
+        updates, factors = room.updates[: len(weights)], [[1.0] * len(weights)]
+        if self.alignment:
+            squares = room.norms[: len(weights)].double().square().sum(1)
+            self.moved += int(squares.count_nonzero())
+            self.squared_norms += squares.sum().item()
+            factors.append(torch.where(squares > 0, squares.rsqrt(), 0.0).tolist())
+        if self.weight is None:
+            factors.append(weights)
+        by_row = updates.new_tensor(factors)
+        if not len(self._sums):
+            self._sums = by_row @ updates
+        else:
+            self._sums, width = self._sums.double(), _width(updates)
+            for sums, block in zip(
+                self._sums.split(width, dim=1), updates.split(width, dim=1), strict=True
+            ):
+                sums.add_(by_row @ block)
+        room.leave()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what travels; no more digits than that are kept here.
-
-        D is in the updates' dtype, too, and x far larger. With w_1 = 0 the last row is sum w_i D_i:
-        rounded apart, two large terms might cancel.
-        """
-        if self.first_weight and (self._uneven or any(self._waiting)):
-            self._add_unequal()
-            if not self._empty:
-                self._sums[-1].add_(self.total, alpha=self.first_weight)
-            self._waiting = [unequal + self.first_weight for unequal in self._waiting]
-            self.first_weight = 0.0
-        self._sum_waiting(torch.promote_types(self.dtype, torch.float32))
-        nothing = dict.fromkeys(("found", "_updates", "_squares", "_sent", "_start"))
+        """Return what travels; no more digits than that are kept here."""
+        self.finish()
+        self._sums = self._sums.to(torch.promote_types(self.dtype, torch.float32))
+        nothing = dict.fromkeys(("found", "_start", "_blocks"))
         # As ndarrays they travel through shared memory; as tensors they would be copied.
         return self.__dict__ | nothing | {"_sums": self._sums.cpu().numpy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _sums=torch.from_numpy(state["_sums"]))
 
-    def _add_unequal(self) -> None:
-        """Let the last row be there from now on."""
-        if self._uneven:
-            return
-        rows, size = self._sums.shape
-        sums = self._sums.new_empty(rows + 1, size)
-        if not self._empty:
-            sums[:-1] = self._sums
-            sums[-1] = 0.0
-        self._sums, self._uneven = sums, True
 
-    def _sum_short(self, weights: Tensor, unequal: float) -> None:
-        """Let a short vector into the sums at once, while it is in the cache."""
-        update = torch.sub(self._start, weights).double()
-        if self._empty:
-            self._sums.zero_()
-            self._empty = False
-        self.total.add_(update)
-        if self.alignment:
-            square = torch.dot(update, update).item()
-            self.squared_norms += square
-            if square > 0:
-                self.moved += 1
-                self.directions.add_(update, alpha=square**-0.5)
-        if unequal:
-            self._add_unequal()
-            self._sums[-1].add_(update, alpha=unequal)
+class _Room:
+    """Room where updates wait.
 
-    def _wait(self, weights: Tensor, unequal: float) -> None:
-        """Put x - y and its squared norm where they wait."""
-        place, width = len(self._waiting), _width(weights)
-        if not place:
-            self._updates = _room(weights.to(self.dtype))
-            self._squares = weights.new_zeros(len(self._updates), dtype=torch.float64)
-        squares = []
-        for start, end, update in zip(
-            *(each.split(width) for each in (self._start, weights, self._updates[place])),
-            strict=True,
-        ):
-            torch.sub(start, end, out=update)
-            if self.alignment:
-                block = update.double()
-                squares.append(torch.dot(block, block))
-        if squares:
-            self._squares[place] = torch.stack(squares).sum()
-        self._waiting.append(unequal)
-        if len(self._waiting) == len(self._updates):
-            self.finish()
+    It is kept for others like them: the kernel's first touch of new memory, and the views, cost
+    more than the sums.
 
-    def _sum_waiting(self, dtype: torch.dtype) -> None:
-        """Let the updates that wait into the sums, and keep these in a dtype.
+    Args:
+        weights: a vector like them.
+        dtype: theirs.
 
-        A block of them is formed in float64, in the cache, and goes through memory rounded.
-        """
-        unequal, self._waiting = self._waiting, []
-        if not unequal:
-            self._sums = self._sums.to(dtype)
-            return
-        if any(unequal):
-            self._add_unequal()
-        squares = self._squares[: len(unequal)]
-        factors = [torch.ones_like(squares)]
-        if self.alignment:
-            moved = squares > 0
-            self.moved += int(moved.sum())
-            self.squared_norms += squares.sum().item()
-            factors.append(torch.where(moved, squares.rsqrt(), 0.0))
-        if self._uneven:
-            factors.append(squares.new_tensor(unequal))
-        kept = self._sums
-        if dtype != kept.dtype:
-            self._sums = torch.empty_like(kept, dtype=dtype)
-        weights, width = torch.stack(factors), 2 * _width(squares) // len(unequal)
-        buffer = squares.new_empty(len(unequal), min(width, kept.shape[1]))
-        updates, beta = self._updates[: len(unequal)], 0 if self._empty else 1
-        for place, before, block in zip(
-            *(each.split(width, dim=1) for each in (self._sums, kept, updates)), strict=True
-        ):
-            update = buffer[:, : block.shape[1]].copy_(block)
-            place.copy_(torch.addmm(before.double(), weights, update, beta=beta))
-        self._empty = False
-        _spare[:] = [self._updates]
-        self._updates = torch.empty(0)
+    Attributes:
+        updates: a row of whole pieces for each; zeros fill the last.
+        norms: of their pieces.
+        places: of each row the blocks: the updates', their pieces, and these pieces' norms.
+    """
+
+    def __init__(self, weights: Tensor, dtype: torch.dtype) -> None:
+        width, size = _width(weights), len(weights)
+        pieces = -(-size // _PIECE)
+        # How many they are depends on the model alone: so, then, do the sums' last digits.
+        most = _ROOM_BYTES // (dtype.itemsize * pieces * _PIECE)
+        rows = max(1, min(_TOGETHER, most))
+        self._like = size, dtype, weights.device
+        self.updates = weights.new_empty(rows, pieces * _PIECE, dtype=dtype)
+        self.updates[:, size:] = 0.0
+        self.norms = self.updates.new_empty(rows, pieces)
+        self.places = [
+            list(
+                zip(
+                    updates[:size].split(width),
+                    map(_pieces, updates.split(width)),
+                    norms.split(width // _PIECE),
+                    strict=True,
+                )
+            )
+            for updates, norms in zip(self.updates, self.norms, strict=True)
+        ]
+
+    @staticmethod
+    def of(weights: Tensor, dtype: torch.dtype) -> "_Room":
+        """Return the one that was left, if it fits, or a new one."""
+        like = len(weights), dtype, weights.device
+        left, _left[:] = [each for each in _left if each._like == like], []
+        return left[0] if left else _Room(weights, dtype)
+
+    def leave(self) -> None:
+        """Nothing waits here any longer."""
+        _left[:] = [self]
+
+
+_left: list[_Room] = []  # one, at the most
 
 
 def find(parts: Sequence[PartialSums], scale: float) -> Found:
@@ -226,30 +211,23 @@ def find(parts: Sequence[PartialSums], scale: float) -> Found:
     Returns:
         D and the squared norms.
     """
-    for each in parts:
-        each.finish()
-    first = parts[0]
-    known = first.found
+    rows = [each.rows for each in parts]
+    known = parts[0].found
     if known and known[:2] == (len(parts), scale) and all(each.found is known for each in parts):
         return known
-    alike = len({each.first_weight for each in parts}) == 1 and not any(
-        each.unequal is not None for each in parts
-    )
-    factor = first.first_weight * scale
-    sums = [[(each.total, 1.0) for each in parts]]
-    if first.alignment:
-        sums.append([(each.directions, 1.0) for each in parts])
-    if not alike:
-        sums.append(_mean_terms(parts, scale))
-    dtype = reduce(torch.promote_types, (each.dtype for each in parts))
-    update = torch.empty_like(first.total, dtype=dtype)
-    squares = [0.0, 0.0, 0.0]
-    for place, total, *others in zip(update.split(_BLOCK), *map(_added, sums), strict=True):
-        block_of_mean = total * factor if alike else others.pop()
-        place.copy_(block_of_mean)
-        for index, block in enumerate((block_of_mean, total, *others)):
-            squares[index] += torch.dot(block, block).item()
-    found = Found(len(parts), scale, update, squares[0] ** 0.5, *squares[1:])
+    terms, size = _mean_terms(parts, scale), parts[0].size
+    alike = parts[0].weight is not None and len({each.weight for each in parts}) == 1
+    update = rows[0].new_empty(size, dtype=_widest(each.dtype for each in parts))
+    squares = torch.zeros(1 + len(rows[0]), dtype=torch.float64)
+    dtype = _widest(each.dtype for each in rows)
+    added = _added([(each, 1.0) for each in rows], dtype)
+    means = _added(terms, dtype)
+    for place, block in zip(update.split(_BLOCK), added, strict=True):
+        of_mean = block[0] * terms[0][1] if alike else next(means)
+        place.copy_(of_mean[: len(place)])
+        squares += torch.cat([_squares(of_mean[None]), _squares(block)])
+    squared_norm, total, *directions = squares.tolist()
+    found = Found(len(parts), scale, update, squared_norm**0.5, total, sum(directions))
     for each in parts:
         each.found = found
     return found
@@ -257,46 +235,42 @@ def find(parts: Sequence[PartialSums], scale: float) -> Found:
 
 def mean(parts: Sequence[PartialSums], scale: float) -> Tensor:
     """Return the mean of the parts' updates in float64; arguments as for `find`."""
-    for each in parts:
-        each.finish()
-    return torch.cat(list(_added(_mean_terms(parts, scale))))
+    return torch.cat(list(_added(_mean_terms(parts, scale), torch.float64)))[: parts[0].size]
 
 
 def inner_product(first: Tensor, second: Tensor) -> float:
-    """The inner product of two vectors, formed in float64."""
-    blocks = zip(first.split(_BLOCK), second.split(_BLOCK), strict=True)
-    return sum(torch.dot(one.double(), other.double()).item() for one, other in blocks)
+    """The inner product of two vectors; blocks of it are added up in float64."""
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    blocks = zip(first.to(dtype).split(_BLOCK), second.to(dtype).split(_BLOCK), strict=True)
+    return sum(torch.dot(one, other).item() for one, other in blocks)
 
 
 def _mean_terms(parts: Sequence[PartialSums], scale: float) -> list[tuple[Tensor, float]]:
-    terms = [(each.total, each.first_weight * scale) for each in parts]
-    return terms + [(each.unequal, scale) for each in parts if each.unequal is not None]
+    """Return the vectors of which the mean is the sum, each with its factor."""
+    return [(vector, factor * scale) for vector, factor in (each.weighted for each in parts)]
 
 
-def _added(terms: Sequence[tuple[Tensor, float]]) -> Iterator[Tensor]:
-    """Yield the blocks of a sum of vectors times factors."""
-    (_, first), *_ = terms
-    for block, *others in zip(*(vector.split(_BLOCK) for vector, _ in terms), strict=True):
-        total = block.double() if first == 1.0 else block.double() * first
-        for other, (_, factor) in zip(others, terms[1:], strict=True):
-            total = torch.add(total, other.double(), alpha=factor)
+def _added(terms: Sequence[tuple[Tensor, float]], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield the blocks of a sum of vectors, or of rows of them, times factors."""
+    factors = [factor for _, factor in terms]
+    for blocks in zip(*(rows.split(_BLOCK, dim=-1) for rows, _ in terms), strict=True):
+        total = blocks[0].to(dtype) * factors[0]
+        for block, factor in zip(blocks[1:], factors[1:], strict=True):
+            total.add_(block, alpha=factor)
         yield total
 
 
-def _room(weights: Tensor) -> Tensor:
-    """Return room for updates that wait, a row for each.
+def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    return reduce(torch.promote_types, dtypes)
 
-    How many that is depends on the model alone: so, then, do the sums' last digits.
-    """
-    most = _ROOM_BYTES // (weights.element_size() * len(weights))
-    shape = max(1, min(_TOGETHER, most)), len(weights)
-    fitting = [
-        each
-        for each in _spare
-        if each.shape == shape and each.dtype == weights.dtype and each.device == weights.device
-    ]
-    _spare.clear()
-    return fitting[0] if fitting else weights.new_empty(shape)
+
+def _squares(rows: Tensor) -> Tensor:
+    """The squared norms of rows."""
+    return torch.linalg.vector_norm(_pieces(rows), dim=-1).double().square().sum(-1)
+
+
+def _pieces(rows: Tensor) -> Tensor:
+    return rows.unflatten(-1, (-1, _PIECE))
 
 
 def _width(vectors: Tensor) -> int:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import resource
 import signal
 import socket
 import subprocess
@@ -13,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+import torch
 
 from fedinit.simulation import Workers
 from tests.test_simulation import numbers
@@ -89,6 +92,16 @@ def test_what_a_worker_raises_is_raised_as_it_is(ray_started):
     with Workers(1) as workers, pytest.raises(ZeroDivisionError) as raised:
         workers.measure("nothing", lambda: 1 // 0)
     assert str(raised.value) == "integer division or modulo by zero"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told so")
+def test_a_driver_keeps_the_memory_that_it_frees(ray_started):
+    """A vector of 48 MB is some 11,700 pages of 4 KiB, which the kernel need not give twice."""
+    with Workers(1):
+        torch.ones(12_000_000)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(12_000_000)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1_000
 
 
 def test_nothing_listens_beyond_loopback(experiment, tmp_path):

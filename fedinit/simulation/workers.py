@@ -5,6 +5,7 @@ no room for one, as its node has left, its place is taken by a process that live
 a place, and so every result, stays the same.
 """
 
+import ctypes
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,9 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
 }
+# What glibc's mallopt calls these, for a process that has started already.
+_MALLOPT = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_TOP_PAD_": -2, "MALLOC_MMAP_THRESHOLD_": -3}
+_LARGEST_INT = (1 << 31) - 1
 # Weights up to this size go along with each call, where Ray is started for it: for an object in
 # Ray's store several processes have to talk to each other, which takes longer than a few copies.
 _INLINE_BYTES = 1 << 20
@@ -69,6 +73,7 @@ class Workers:
         import_path: Sequence[str] = (),
         address: str | None = None,
     ) -> None:
+        _keep_freed_memory()
         self._started = not ray.is_initialized()
         if self._started:
             _start_ray(import_path, address)
@@ -238,6 +243,14 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _keep_freed_memory() -> None:
+    """Let the driver do as its workers do: x and D are made anew in each round."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        for name, option in _MALLOPT.items():
+            mallopt(option, min(int(ENVIRONMENT[name]), _LARGEST_INT))
 
 
 def _start_ray(import_path: Sequence[str], address: str | None) -> None:
