@@ -15,6 +15,7 @@ from typing import Any, Self
 import ray
 from flwr.clientapp import ClientApp
 from ray._private import ray_constants
+from ray._private import worker as ray_worker
 from ray.exceptions import (
     GetTimeoutError,
     NodeDiedError,
@@ -35,14 +36,20 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
 }
-# What glibc's mallopt calls these, for a process that has started already.
-_MALLOPT = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_TOP_PAD_": -2, "MALLOC_MMAP_THRESHOLD_": -3}
-_LARGEST_INT = (1 << 31) - 1
+# Of a driver likewise, by glibc's numbers of these: it keeps vectors, and no data that it read.
+_MALLOPT = {-1: 512 << 20, -2: 64 << 20, -3: 256 << 20}
 # Weights up to this size go along with each call, where Ray is started for it: for an object in
 # Ray's store several processes have to talk to each other, which takes longer than a few copies.
 _INLINE_BYTES = 1 << 20
 # What Ray sends along with a call or its result: a worker's sums are some vectors like x.
 _RAY = {"RAY_max_direct_call_object_size": str(4 * _INLINE_BYTES)}
+# Processes of Ray that look around ten times a second, a hundredth of a machine of two cores: for a
+# cluster that grows, for logs on a terminal, for a page. Nothing here asks for any of these.
+_UNUSED = (
+    ray_constants.PROCESS_TYPE_MONITOR,
+    ray_constants.PROCESS_TYPE_LOG_MONITOR,
+    ray_constants.PROCESS_TYPE_DASHBOARD,
+)
 # The process, its node, or what it had made.
 DIED = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 _ROOM_SECONDS = 20  # that a new process has to be there before one that lives takes its place
@@ -249,8 +256,8 @@ def _keep_freed_memory() -> None:
     """Let the driver do as its workers do: x and D are made anew in each round."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
-        for name, option in _MALLOPT.items():
-            mallopt(option, min(int(ENVIRONMENT[name]), _LARGEST_INT))
+        for option, value in _MALLOPT.items():
+            mallopt(option, value)
 
 
 def _start_ray(import_path: Sequence[str], address: str | None) -> None:
@@ -277,3 +284,7 @@ def _start_ray(import_path: Sequence[str], address: str | None) -> None:
     except Exception as error:  # whatever it is that Ray could not do
         where = "Ray" if address is None else f"--address {address}: Ray"
         raise RequestError(f"{where} did not start: {one_line(error)}") from None
+    if address is None:
+        node: Any = ray_worker.global_worker.node
+        for kind in _UNUSED:
+            node._kill_process_type(kind, check_alive=False, wait=True)
