@@ -189,4 +189,4 @@ def _cosine(first: torch.Tensor | None, second: torch.Tensor, norm: float) -> fl
     if first is None:
         return math.nan
     norms = inner_product(first, first) ** 0.5 * norm
-    return inner_product(first, second) / norms if norms > 0 else math.nan
+    return float(np.clip(inner_product(first, second) / norms, -1, 1)) if norms > 0 else math.nan

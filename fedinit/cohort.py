@@ -1,13 +1,15 @@
 """A cohort reduced: the weighted mean of what its clients made, and how their updates align.
 
 The sums are associative, so a cohort may be reduced in one worker, in several, or client by client.
-Memory is some parameter vectors for each process that reduces, whatever the cohort's size.
+Memory is some tens of parameter vectors (a few where they are long) for each process that reduces,
+whatever the cohort's size.
 """
 
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from torch import Tensor
@@ -207,15 +209,18 @@ class CohortSums:
 
         Infinite when the updates cancel to the last digit; NaN when none moved.
         """
-        total = self._found().total
-        if total > 0:
-            return sum(each.squared_norms for each in self._parts) / total
-        return math.inf if self._moved() else math.nan
+        update, squares = self._found().update, sum(each.squared_norms for each in self._parts)
+        total, digits = self._found().total, torch.finfo(update.dtype).eps
+        if total > squares * digits**2:
+            return squares / total
+        return math.inf if self._moved() and not math.isnan(total) else math.nan
 
     def mean_pairwise_cosine(self) -> float:
         """(||U||^2 - m) / (m (m - 1)) over the m updates that are not zero; NaN for m < 2."""
         directions, kept = self._found().directions, self._moved()
-        return (directions - kept) / (kept * (kept - 1)) if kept > 1 else math.nan
+        if kept < 2:
+            return math.nan
+        return float(np.clip((directions - kept) / (kept * (kept - 1)), -1, 1))
 
     def _moved(self) -> int:
         return sum(each.moved for each in self._parts)

@@ -1,5 +1,7 @@
 """The device that a process computes on: its GPU if it was given one, else the CPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -24,6 +26,17 @@ def synchronize() -> None:
     """Wait for the device to have done what it was given: before a clock is read."""
     if device().type == "cuda":
         torch.cuda.synchronize()
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Let products of float32 matrices have float32's digits, whatever a user's module has set."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def free_bytes() -> int:

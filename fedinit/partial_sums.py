@@ -4,6 +4,7 @@ A pass through vectors that lie in memory is what takes time here: updates go th
 several at a time, long ones block by block, and the sums of all parts are read once, together.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
@@ -11,9 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fedinit.device import full_precision
+
 _TOGETHER = 32  # updates that go through the sums together: one pass through memory serves all
 _ROOM_BYTES = 400 << 20  # that updates may wait in; long ones go through the sums in smaller groups
 _PIECE = 1 << 10  # elements whose squares are added up in their own dtype, and then in float64
+_TINY = 1e-30  # of what is added up in float32, a part may have been too small for it below this
 _BLOCK = 1 << 17  # elements of a block: what is made of it stays in a core's cache
 _GPU_BLOCK = 1 << 22  # likewise on a GPU, where a block costs its launches
 
@@ -41,13 +45,13 @@ class Found(NamedTuple):
 class PartialSums:
     """The sums over one process's part of a cohort, of updates D_i = x - y_i with weights w_i.
 
-    A few updates are added up in their own dtype, at least float32, to which y_i was rounded; these
-    sums in float64. They are rounded again when they travel to another process, where they are read
-    and nothing is added.
+    Some updates are added up in their own dtype, at least float32, to which y_i was rounded; these
+    sums in float64. They are rounded again when they travel to another process, and are read there
+    with those of others, in that dtype.
 
     Args:
         start: x, as the first client got it.
-        weights: that client's y; where it lies, the sums lie.
+        weights: that client's y; where it lies, the sums lie. The dtype is that of x - y.
         weight: its w.
         alignment: whether to sum what gradient diversity and the cosines need.
 
@@ -117,28 +121,29 @@ class PartialSums:
             self.weight = None
         updates, factors = room.updates[: len(weights)], [[1.0] * len(weights)]
         if self.alignment:
-            squares = room.norms[: len(weights)].double().square().sum(1)
-            self.moved += int(squares.count_nonzero())
+            squares = _squares(updates, room.norms[: len(weights)])
+            self.moved += int((squares > 0).sum())
             self.squared_norms += squares.sum().item()
             factors.append(torch.where(squares > 0, squares.rsqrt(), 0.0).tolist())
         if self.weight is None:
             factors.append(weights)
         by_row = updates.new_tensor(factors)
-        if not len(self._sums):
-            self._sums = by_row @ updates
-        else:
-            self._sums, width = self._sums.double(), _width(updates)
-            for sums, block in zip(
-                self._sums.split(width, dim=1), updates.split(width, dim=1), strict=True
-            ):
-                sums.add_(by_row @ block)
+        with full_precision():
+            if not len(self._sums):
+                self._sums = by_row @ updates
+            else:
+                self._sums, width = self._sums.double(), _width(updates)
+                for sums, block in zip(
+                    self._sums.split(width, dim=1), updates.split(width, dim=1), strict=True
+                ):
+                    sums.add_(by_row @ block)
         room.leave()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what travels; no more digits than that are kept here."""
         self.finish()
         self._sums = self._sums.to(torch.promote_types(self.dtype, torch.float32))
-        nothing = dict.fromkeys(("found", "_start", "_blocks"))
+        nothing = {"found": None, "_start": torch.empty(0), "_blocks": ()}
         # As ndarrays they travel through shared memory; as tensors they would be copied.
         return self.__dict__ | nothing | {"_sums": self._sums.cpu().numpy()}
 
@@ -215,19 +220,20 @@ def find(parts: Sequence[PartialSums], scale: float) -> Found:
     known = parts[0].found
     if known and known[:2] == (len(parts), scale) and all(each.found is known for each in parts):
         return known
-    terms, size = _mean_terms(parts, scale), parts[0].size
+    common = min(map(len, rows))  # without U, if there is a part that has none
+    terms, width = _mean_terms(parts, scale), _width(rows[0])
     alike = parts[0].weight is not None and len({each.weight for each in parts}) == 1
-    update = rows[0].new_empty(size, dtype=_widest(each.dtype for each in parts))
-    squares = torch.zeros(1 + len(rows[0]), dtype=torch.float64)
+    update = rows[0].new_empty(parts[0].size, dtype=_widest(each.dtype for each in parts))
+    squares = rows[0].new_zeros(1 + common, dtype=torch.float64)
     dtype = _widest(each.dtype for each in rows)
-    added = _added([(each, 1.0) for each in rows], dtype)
+    added = _added([(each[:common], 1.0) for each in rows], dtype)
     means = _added(terms, dtype)
-    for place, block in zip(update.split(_BLOCK), added, strict=True):
+    for place, block in zip(update.split(width), added, strict=True):
         of_mean = block[0] * terms[0][1] if alike else next(means)
         place.copy_(of_mean[: len(place)])
         squares += torch.cat([_squares(of_mean[None]), _squares(block)])
     squared_norm, total, *directions = squares.tolist()
-    found = Found(len(parts), scale, update, squared_norm**0.5, total, sum(directions))
+    found = Found(len(parts), scale, update, squared_norm**0.5, total, sum(directions, 0.0))
     for each in parts:
         each.found = found
     return found
@@ -242,7 +248,10 @@ def inner_product(first: Tensor, second: Tensor) -> float:
     """The inner product of two vectors; blocks of it are added up in float64."""
     dtype = torch.promote_types(first.dtype, torch.float32)
     blocks = zip(first.to(dtype).split(_BLOCK), second.to(dtype).split(_BLOCK), strict=True)
-    return sum(torch.dot(one, other).item() for one, other in blocks)
+    found = sum(torch.dot(one, other).item() for one, other in blocks)
+    if _TINY < abs(found) < math.inf:
+        return found
+    return torch.dot(first.double(), second.double()).item()
 
 
 def _mean_terms(parts: Sequence[PartialSums], scale: float) -> list[tuple[Tensor, float]]:
@@ -253,7 +262,8 @@ def _mean_terms(parts: Sequence[PartialSums], scale: float) -> list[tuple[Tensor
 def _added(terms: Sequence[tuple[Tensor, float]], dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield the blocks of a sum of vectors, or of rows of them, times factors."""
     factors = [factor for _, factor in terms]
-    for blocks in zip(*(rows.split(_BLOCK, dim=-1) for rows, _ in terms), strict=True):
+    width = _width(terms[0][0])
+    for blocks in zip(*(rows.split(width, dim=-1) for rows, _ in terms), strict=True):
         total = blocks[0].to(dtype) * factors[0]
         for block, factor in zip(blocks[1:], factors[1:], strict=True):
             total.add_(block, alpha=factor)
@@ -264,9 +274,15 @@ def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return reduce(torch.promote_types, dtypes)
 
 
-def _squares(rows: Tensor) -> Tensor:
-    """The squared norms of rows."""
-    return torch.linalg.vector_norm(_pieces(rows), dim=-1).double().square().sum(-1)
+def _squares(rows: Tensor, norms: Tensor | None = None) -> Tensor:
+    """Return the squared norms of rows of whole pieces; `norms`: those of the pieces, if known."""
+    if norms is None:
+        norms = torch.linalg.vector_norm(_pieces(rows), dim=-1)
+    squares = norms.double().square().sum(-1)
+    for place in torch.where((squares > _TINY) & (squares < math.inf), 0, 1).nonzero():
+        row = rows[place].flatten().double()
+        squares[place] = torch.dot(row, row)
+    return squares
 
 
 def _pieces(rows: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 
 from fedinit.cohort import CohortSums, Trained
 from fedinit.parameters import Array, Layout, size_in_bytes
+from fedinit.partial_sums import inner_product
 from fedinit.simulation import ClientError, RayGrid, Workers
 from fedinit.simulation.ray_grid import assign
 from strategies.fedopt import FedOpt
@@ -222,19 +223,19 @@ def test_alignment_is_the_same_however_a_cohort_is_reduced():
 @pytest.mark.parametrize("size", [1_000, 150_000])
 @pytest.mark.parametrize(("dtype", "digits"), [(np.float64, 1e-13), (np.float32, 1e-6)])
 def test_sums_keep_the_digits_of_the_updates(size, dtype, digits):
-    """Short vectors and long ones, ten clients alike, then a large one at rest, and unequal ones.
+    """Short vectors and long ones, forty clients alike, then a large one at rest, and unequal ones.
 
-    That is two full groups of updates and a part of one; examples differ from the second on. Of
-    float32 updates a group's sum is within eight roundings, 8 * 6e-8, of its terms' magnitudes.
+    They are added up in groups of 32; examples differ from the second group on. Of float32 updates
+    a group's sum is within 32 roundings, 32 * 6e-8, of its terms' magnitudes.
     """
     rng = np.random.default_rng(0)
-    examples = np.array([7] * 10 + [1_000_000] + list(range(1, 10)))
-    updates = rng.normal(size=(20, size)).astype(dtype)
-    updates[10] = 0
+    examples = np.array([7] * 40 + [1_000_000] + list(range(1, 40)))
+    updates = rng.normal(size=(80, size)).astype(dtype)
+    updates[40] = 0
     layout = Layout.of(torch.nn.Linear(size, 1, bias=False))
     start = torch.zeros(size, dtype=getattr(torch, np.dtype(dtype).name))
     sums, other = CohortSums(layout), CohortSums(layout)
-    for client in range(20):  # two that take turns keep to themselves
+    for client in range(80):  # two that take turns keep to themselves
         trained = Trained(
             torch.from_numpy(-updates[client]), {"num-examples": int(examples[client])}, {}, {}
         )
@@ -242,17 +243,72 @@ def test_sums_keep_the_digits_of_the_updates(size, dtype, digits):
         other.add_trained(start, trained._replace(weights=torch.full_like(start, client)))
     exact = updates.astype(np.float64)
     mean = examples @ exact / examples.sum()
-    magnitudes = examples @ np.abs(exact) / examples.sum()  # about 1e-4
+    magnitudes = examples @ np.abs(exact) / examples.sum()
     for found in (sums.mean_update().numpy(), sums.pseudo_gradient().numpy()):
         assert (np.abs(found - mean) / magnitudes).max() < digits
     assert sums.update_norm() == pytest.approx(np.linalg.norm(mean), rel=digits)
     norms = np.linalg.norm(exact, axis=1)
     diversity = (norms**2).sum() / (exact.sum(0) ** 2).sum()
     assert sums.gradient_diversity() == pytest.approx(diversity, rel=digits)
-    units = np.delete(exact / np.where(norms, norms, 1)[:, None], 10, axis=0)
-    cosines = (units @ units.T)[~np.eye(19, dtype=bool)]
+    units = np.delete(exact / np.where(norms, norms, 1)[:, None], 40, axis=0)
+    cosines = (units @ units.T)[~np.eye(79, dtype=bool)]
     assert sums.mean_pairwise_cosine() == pytest.approx(cosines.mean(), abs=digits)
-    assert other.mean_update().numpy() == pytest.approx(-(examples @ range(20)) / examples.sum())
+    assert other.mean_update().numpy() == pytest.approx(-(examples @ range(80)) / examples.sum())
+
+
+def float32_sums(updates: np.ndarray, alignment: bool = True) -> CohortSums:
+    """Sums over clients of one example each."""
+    sums = CohortSums(Layout.of(torch.nn.Linear(updates.shape[1], 1, bias=False)), alignment)
+    for update in updates.astype(np.float32):
+        trained = Trained(torch.from_numpy(-update), {"num-examples": 1}, {}, {})
+        sums.add_trained(torch.zeros(len(update)), trained)
+    return sums
+
+
+def test_groups_of_updates_are_added_up_in_float64():
+    """32 times 2^20, 1/32 and -2^20: float32 has no 2^25 + 1, of which 1 is left."""
+    mean = float32_sums(np.repeat([[2.0**20], [2.0**-5], [-(2.0**20)]], 32, axis=0)).mean_update()
+    assert mean.tolist() == [1 / 96]
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_updates_whose_squares_float32_cannot_hold(scale):
+    """D_1 = (3, 0), D_2 = (0, 4), times a scale: ||D|| = 2.5, orthogonal; D with itself: 1."""
+    sums = float32_sums(np.array([[3, 0], [0, 4]]) * scale)
+    assert sums.update_norm() == pytest.approx(2.5 * scale)
+    assert sums.gradient_diversity() == pytest.approx(1)
+    assert sums.mean_pairwise_cosine() == pytest.approx(0, abs=1e-6)
+    mean = sums.pseudo_gradient()
+    assert inner_product(mean, mean) == pytest.approx((2.5 * scale) ** 2)
+
+
+def test_float32_updates_that_are_equal_or_cancel():
+    """The cosine of equal vectors is 1 and no more; three times u and -u leave last digits."""
+    u = np.random.default_rng(0).normal(size=(1, 5_000))
+    assert 1 - 1e-6 < float32_sums(u.repeat(7, axis=0)).mean_pairwise_cosine() <= 1
+    cancelling = float32_sums(np.concatenate([u.repeat(3, axis=0), -u.repeat(3, axis=0)]))
+    assert cancelling.gradient_diversity() == np.inf
+    assert cancelling.mean_pairwise_cosine() == pytest.approx((6 - 9) / 15, abs=1e-6)
+
+
+def test_a_modules_own_setting_does_not_take_digits_away():
+    """On a processor that can, products of medium precision have 8 bits."""
+    updates = np.random.default_rng(0).normal(size=(32, 100_000))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        mean = float32_sums(updates).mean_update().numpy()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert mean == pytest.approx(updates.mean(0), abs=1e-6)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_parts_of_which_one_has_no_directions_are_read_together(first):
+    total = float32_sums(np.array([[3.0, 0]]), alignment=first)
+    total.merge(float32_sums(np.array([[0.0, 4]]), alignment=not first))
+    assert total.pseudo_gradient().tolist() == [1.5, 2]
+    assert total.update_norm() == pytest.approx(2.5)
 
 
 @pytest.mark.parametrize("size", [1000, 150_000])

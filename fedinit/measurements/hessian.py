@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fedinit.device import full_precision
 from fedinit.measurements.evaluation import eval_mode, per_example
 
 Product = Callable[[Tensor], Tensor]
@@ -200,16 +201,12 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
 @contextmanager
 def _measuring(model: nn.Module) -> Iterator[None]:
     """Eval mode, no TF32, and no kernel that cannot be differentiated twice."""
-    precision = torch.get_float32_matmul_precision()
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     cudnn = torch.backends.cudnn.enabled and not recurrent
-    try:
-        torch.set_float32_matmul_precision("highest")
-        with (
-            eval_mode(model),
-            torch.backends.cudnn.flags(enabled=cudnn, allow_tf32=False),
-            sdpa_kernel(SDPBackend.MATH),
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    with (
+        full_precision(),
+        eval_mode(model),
+        torch.backends.cudnn.flags(enabled=cudnn, allow_tf32=False),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        yield

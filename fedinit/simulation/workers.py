@@ -9,7 +9,7 @@ import ctypes
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 import ray
@@ -36,15 +36,17 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
 }
-# Of a driver likewise, by glibc's numbers of these: it keeps vectors, and no data that it read.
-_MALLOPT = {-1: 512 << 20, -2: 64 << 20, -3: 256 << 20}
+# Of a driver likewise, by glibc's numbers of the options: half a GiB that is free at the most, and
+# nothing above 256 MiB, which is data more often than a vector.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+_DRIVER = {_M_TRIM_THRESHOLD: 512 << 20, _M_TOP_PAD: 64 << 20, _M_MMAP_THRESHOLD: 256 << 20}
 # Weights up to this size go along with each call, where Ray is started for it: for an object in
 # Ray's store several processes have to talk to each other, which takes longer than a few copies.
 _INLINE_BYTES = 1 << 20
 # What Ray sends along with a call or its result: a worker's sums are some vectors like x.
 _RAY = {"RAY_max_direct_call_object_size": str(4 * _INLINE_BYTES)}
-# Processes of Ray that look around ten times a second, a hundredth of a machine of two cores: for a
-# cluster that grows, for logs on a terminal, for a page. Nothing here asks for any of these.
+# Processes of Ray that watch for a cluster that grows, for logs to show and for visitors of a page.
+# Nobody here asks for any of it, and of two cores they take 2%, at the start-up a second.
 _UNUSED = (
     ray_constants.PROCESS_TYPE_MONITOR,
     ray_constants.PROCESS_TYPE_LOG_MONITOR,
@@ -256,7 +258,7 @@ def _keep_freed_memory() -> None:
     """Let the driver do as its workers do: x and D are made anew in each round."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
-        for option, value in _MALLOPT.items():
+        for option, value in _DRIVER.items():
             mallopt(option, value)
 
 
@@ -286,5 +288,6 @@ def _start_ray(import_path: Sequence[str], address: str | None) -> None:
         raise RequestError(f"{where} did not start: {one_line(error)}") from None
     if address is None:
         node: Any = ray_worker.global_worker.node
-        for kind in _UNUSED:
-            node._kill_process_type(kind, check_alive=False, wait=True)
+        with suppress(AttributeError):  # Ray's own names: with others, the processes stay
+            for kind in _UNUSED:
+                node._kill_process_type(kind, check_alive=False, wait=True)
