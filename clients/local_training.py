@@ -14,7 +14,7 @@ from fedinit.config import Run
 from fedinit.device import device
 from fedinit.measurements.evaluation import correct_predictions, count_targets, per_example
 from fedinit.problem import Problem
-from fedinit.randomness import Draw, keyed, torch_seed
+from fedinit.randomness import Draw, keyed, seed_torch, torch_seed
 
 
 def local_epochs(run: Run, server_round: int, client: int) -> int:
@@ -149,11 +149,7 @@ class LocalTraining:
     def __post_init__(self) -> None:
         problem = self.workspace.problem
         self.rows = problem.dataset.owners.at(self.client)
-        seed = self.draws.torch_seed
-        # Not torch.manual_seed: without a GPU in use that keeps a stack trace for each call.
-        torch.default_generator.manual_seed(seed)
-        if device().type == "cuda":
-            torch.cuda.manual_seed(seed)
+        seed_torch(self.draws.torch_seed)
         if not problem.model.training:
             problem.model.train()
 

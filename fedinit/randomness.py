@@ -33,9 +33,19 @@ def torch_seed(rng: np.random.Generator) -> int:
     return int(rng.integers(1 << 63))
 
 
+def seed_torch(seed: int) -> None:
+    """Seed torch's own generators, of the CPU and of the GPU.
+
+    torch.manual_seed also keeps a stack trace for each call, as long as no GPU is in use.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(seed)
+
+
 def seed_others(seed: int, server_round: int) -> None:
     """Seed the generators that Flower's strategies and a user's draw from, for a round."""
     rng = keyed(Draw.STRATEGY, seed, server_round)
     random.seed(torch_seed(rng))
     np.random.seed(torch_seed(rng) % 2**32)
-    torch.manual_seed(torch_seed(rng))
+    seed_torch(torch_seed(rng))

@@ -48,6 +48,7 @@ def test_the_commands_are_ours(fedinit):
         shown = fedinit(command, "--help")
         assert shown.exit_code == 0
         assert "Usage" in shown.output
+        assert "\\" not in shown.output  # [required], and not \[required]
     listed = fedinit("list")
     assert listed.exit_code == 0
     for name in ("fashion-mnist", "charrnn", "mimelite", "yogi", "dirichlet", "quickstart"):

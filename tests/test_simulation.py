@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedinit.randomness import seed_torch
+
 GAUSSIANS = {
     "dataset": "plugged_in:gaussians",
     "model": "plugged_in:dropout_classifier",
@@ -47,6 +49,14 @@ def test_the_same_seed_gives_the_same_bits(client, finals):
         for ours, theirs in zip(numbers(one), numbers(other), strict=True):
             assert ours.get("examples") == theirs.get("examples")
             assert ours == pytest.approx(theirs, abs=1e-5, nan_ok=True)
+
+
+def test_seeding_torch_is_torchs_own_seeding():
+    with torch.random.fork_rng(devices=[]):
+        seed_torch(2**62 + 1)
+        ours = torch.rand(3)
+        torch.manual_seed(2**62 + 1)
+        assert torch.equal(ours, torch.rand(3))
 
 
 def test_another_seed_gives_another_run(finals):

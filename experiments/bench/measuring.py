@@ -1,5 +1,6 @@
 """Rounds of RayGrid and of the bare loops in turn: seconds, CPU seconds and memory of each."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -83,23 +84,24 @@ class Contender:
     def __init__(self, updates: int, processes: list[psutil.Process]) -> None:
         self.timings = Timings(updates)
         self.processes = processes
-        self._since = (0.0, 0.0, 0.0)
+        self._others = [each for each in processes if each.pid != os.getpid()]
+        self._cpu_before, self._since = 0.0, (0.0, 0.0)
 
     def begin(self) -> None:
         """A round begins now."""
-        self._since = self._now()
+        self._cpu_before = self._cpu_of_others()  # outside the round: it takes some milliseconds
+        self._since = _clocks()
 
     def end(self) -> None:
         """A timed round has ended."""
-        seconds, cpu, driver = (a - b for a, b in zip(self._now(), self._since, strict=True))
+        seconds, driver = (now - then for now, then in zip(_clocks(), self._since, strict=True))
+        cpu = self._cpu_of_others() - self._cpu_before
         self.timings.seconds[-1].append(seconds)
-        self.timings.cpu_seconds += cpu
+        self.timings.cpu_seconds += cpu + (driver if self._others != self.processes else 0.0)
         self.timings.driver_seconds += driver
 
-    def _now(self) -> tuple[float, float, float]:
-        times = [each.cpu_times() for each in self.processes]
-        cpu = sum(each.user + each.system for each in times)
-        return time.perf_counter(), cpu, time.process_time()
+    def _cpu_of_others(self) -> float:
+        return sum(sum(each.cpu_times()[:2]) for each in self._others)
 
     @contextmanager
     def watching_memory(self) -> Iterator[None]:
@@ -205,3 +207,8 @@ def _take_turns(
             ours.begin()
 
         train(prepared, grid, record)
+
+
+def _clocks() -> tuple[float, float]:
+    """Return the time and the driver's CPU seconds."""
+    return time.perf_counter(), time.process_time()

@@ -24,7 +24,7 @@ from fedinit.errors import one_line
 from fedinit.parameters import Layout, size_in_bytes
 from fedinit.simulation.failures import Failures
 from fedinit.simulation.flower_internals import claim_identity, new_run, number
-from fedinit.simulation.worker import Answer, Content, Share, Task
+from fedinit.simulation.worker import Answer, Assignment, Content, Share, Task
 from fedinit.simulation.workers import DIED, Workers
 
 _DEATHS = 3  # of workers, on the same share, that end a run
@@ -42,14 +42,14 @@ class _Sent:
         worker: whose it is.
         place: among all shares ever sent: the order in which their sums are merged.
         messages: by node.
-        arguments: what the worker was called with, to call another.
+        assignment: what the worker got, for another to get.
         deaths: workers that died of it, or with it.
     """
 
     worker: int
     place: int
     messages: dict[int, Message]
-    arguments: tuple[Any, ...]
+    assignment: Assignment
     deaths: int = 0
 
 
@@ -141,8 +141,8 @@ class RayGrid(Grid):
             if chosen:
                 tasks = [self._task(message) for message in chosen.values()]
                 used = {task.content: contents[task.content] for task in tasks}
-                arguments = (tasks, used, self._layout, reduce)
-                self._start(_Sent(worker, next(self._places), chosen, arguments))
+                assignment = Assignment(tasks, used, self._layout, reduce)
+                self._start(_Sent(worker, next(self._places), chosen, assignment))
         return [message.metadata.message_id for message in sent]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -215,7 +215,7 @@ class RayGrid(Grid):
         return Task(to.dst_node_id, to.message_type, to.group_id, id(message.content), state)
 
     def _start(self, sent: _Sent) -> None:
-        self._under_way[self._workers.run(sent.worker, *sent.arguments)] = sent
+        self._under_way[self._workers.run(sent.worker, sent.assignment)] = sent
 
     def _collect(self, timeout: float | None) -> None:
         """Turn finished shares into replies; wait for all, or for `timeout` seconds.
@@ -225,7 +225,7 @@ class RayGrid(Grid):
         end = None if timeout is None else time.monotonic() + timeout
         while waiting := list(self._under_way):
             left = None if end is None else max(0.0, end - time.monotonic())
-            done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=left)
+            done, _ = ray.wait(waiting, timeout=left)  # one is read while the others train
             for ref in done:
                 sent = self._under_way.pop(ref)
                 try:
@@ -234,7 +234,7 @@ class RayGrid(Grid):
                     self._start_again(sent, error)
                 else:
                     self._take(share, sent)
-            if len(done) < len(waiting):  # the time is up
+            if not done:  # the time is up
                 return
 
     def _take(self, share: Share, sent: _Sent) -> None:

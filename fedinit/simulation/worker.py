@@ -31,6 +31,22 @@ class Task(NamedTuple):
     state: RecordDict | None
 
 
+class Assignment(NamedTuple):
+    """A worker's share of the messages.
+
+    Attributes:
+        tasks: the messages.
+        contents: the distinct contents that they refer to.
+        layout: sums over the updates of train messages are kept if it is given.
+        reduce: leave the contents of train messages' replies out: the sums say their mean.
+    """
+
+    tasks: list[Task]
+    contents: Mapping[int, Content]
+    layout: Layout | None
+    reduce: bool
+
+
 class Answer(NamedTuple):
     """What came of a task: the reply's content, or why there is none; and a state that is kept."""
 
@@ -44,7 +60,7 @@ class Share(NamedTuple):
     """What a worker made of its share.
 
     Attributes:
-        answers: one for each task; none for those that a failure left undone.
+        answers: one for each task of which the sums do not say it all.
         sums: over the updates of its train messages.
         reduced: the first node whose content is in the sums alone.
     """
@@ -95,21 +111,9 @@ class Worker:
         """Return what a function returns in this process."""
         return function()
 
-    def run(
-        self,
-        tasks: list[Task],
-        contents: Mapping[int, Content],
-        layout: Layout | None,
-        reduce: bool,
-    ) -> Share:
-        """Answer each message.
-
-        Args:
-            tasks: this worker's share.
-            contents: the distinct contents that the tasks refer to.
-            layout: sums over the updates of train messages are kept if it is given.
-            reduce: leave the contents of train messages' replies out: the sums say their mean.
-        """
+    def run(self, assignment: Assignment) -> Share:
+        """Answer each message."""
+        tasks, contents, layout, reduce = assignment
         received = _fetch(contents)
         answers: list[Answer] = []
         sums = None if layout is None else CohortSums(layout)
@@ -125,10 +129,11 @@ class Worker:
                 answers += [self._summed(task, content, sums, reduce) for task in alike]
         if sums is not None and not sums.clients:
             sums = None
-        left_out = [
+        reduced = [
             each.node_id for each in answers if each.content is None and each.failure is None
         ]
-        return Share(answers, sums, next(iter(left_out), None))
+        telling = [each for each in answers if any(part is not None for part in each[1:])]
+        return Share(telling, sums, next(iter(reduced), None))
 
     def _summed(self, task: Task, content: RecordDict, sums: CohortSums, reduce: bool) -> Answer:
         answer = self._answer(task, content)

@@ -26,7 +26,7 @@ from ray.exceptions import (
 )
 
 from fedinit.errors import RequestError, one_line
-from fedinit.simulation.worker import Worker
+from fedinit.simulation.worker import Assignment, Worker
 
 # glibc hands every freed activation back to the kernel and faults it in again; keep it instead, and
 # let the kernel give large vectors large pages.
@@ -160,9 +160,9 @@ class Workers:
             except DIED:
                 self.replace(worker)
 
-    def run(self, worker: int, *arguments: Any) -> ray.ObjectRef:
+    def run(self, worker: int, assignment: Assignment) -> ray.ObjectRef:
         """Start a share on a worker."""
-        return self._actors[worker].run.remote(*arguments)
+        return self._actors[worker].run.remote(assignment)
 
     def result(self, ref: ray.ObjectRef) -> Any:
         """Return what came of a share; what the worker raised is raised, or one of `DIED`."""
