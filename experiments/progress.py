@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count
 from typing import Any
 
 from rich.console import Console
@@ -32,8 +31,8 @@ class Progress:
                 task = bar.add_task("", total=rounds, score="")
                 yield lambda line: self._live(line, bar, task)
         else:
-            since, first = time.perf_counter(), count()
-            yield lambda line: self._plain(line, rounds, since, next(first))
+            ends: list[float] = []
+            yield lambda line: self._plain(line, rounds, ends)
 
     @contextmanager
     def arm(self, label: str, trials: int) -> Iterator[Callable[[int, str], None]]:
@@ -88,14 +87,20 @@ class Progress:
         if line["test_loss"] is not None:
             bar.update(task, score=_score(line))
 
-    def _plain(self, line: dict[str, Any], rounds: int, since: float, earlier: int) -> None:
-        """Say how x scores; `earlier` rounds have been shown, fewer than done where it went on."""
+    def _plain(self, line: dict[str, Any], rounds: int, ends: list[float]) -> None:
+        """Say how x scores; `ends` are the times at which rounds were shown, this one's included.
+
+        What comes before the second tells nothing: round 0 trains nothing, and the first that does
+        warms up.
+        """
+        ends.append(time.perf_counter())
         if line["test_loss"] is None:
             return
-        done = line["round"]
-        left = (time.perf_counter() - since) * (rounds - done) / earlier if earlier else None
+        done, timed = line["round"], len(ends) - 2
         text = f"  round {done}/{rounds}  {_score(line)}"
-        self._say(text + (f"  {left:.0f} s left" if left is not None else ""))
+        if timed > 0:
+            text += f"  {(ends[-1] - ends[1]) / timed * (rounds - done):.0f} s left"
+        self._say(text)
 
     def _plain_step(self, done: int, steps: int, loss: float) -> None:
         if done * 10 // steps > (done - 1) * 10 // steps:  # a line for each tenth

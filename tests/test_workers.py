@@ -121,7 +121,7 @@ for _ in range(2):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.count("ray::Worker") == 2
     assert "raylet" in done.stdout
-    assert not re.search(r"monitor\.py|log_monitor\.py|dashboard\.py", done.stdout)
+    assert not re.search(r"monitor\.py|dashboard\.py", done.stdout)
 
 
 def test_nothing_listens_beyond_loopback(experiment, tmp_path):
