@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -146,9 +147,9 @@ def _table(name: str, record: dict[str, Any]) -> Table:
     rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "seconds for a round": lambda each: f"{each['round_seconds']:.3f}",
         f"times the {TUNED}": lambda each: (
-            f"{sorted(each['ratios'])[len(each['ratios']) // 2]:.2f} "
-            f"({min(each['ratios']):.2f} to {max(each['ratios']):.2f})"
+            f"{sorted(each['ratios'])[len(each['ratios']) // 2]:.2f}"
         ),
+        "least to most": lambda each: f"{min(each['ratios']):.2f}-{max(each['ratios']):.2f}",
         "updates for a second": lambda each: f"{each['updates_per_second']:.1f}",
         "CPU ms for an update": lambda each: f"{1e3 * each['cpu_seconds_per_update']:.2f}",
         "of it the driver's": lambda each: f"{1e3 * each['driver_cpu_seconds_per_update']:.2f}",
@@ -157,7 +158,7 @@ def _table(name: str, record: dict[str, Any]) -> Table:
     }
     rounds = sum(map(len, record["contenders"][RAY_GRID]["seconds"]))
     title = f"{name}: {rounds} rounds in turn, {record['workers']} processes, {_format(record)}"
-    table = Table("", title=title)
+    table = Table("", title=title, box=SIMPLE)
     for contender in record["contenders"]:
         table.add_column(contender, justify="right")
     for row, show in rows.items():
