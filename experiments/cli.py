@@ -16,11 +16,11 @@ from fedinit.errors import RequestError, WriteError, one_line, unknown
 if TYPE_CHECKING:
     from fedinit.experiment_file import Experiment
 
-# Torch reads these once. Large pages for vectors; and between a driver's passes through them its
-# other threads wait half a millisecond awake, not ten where workers train.
+# Read once, when torch is loaded: large pages for vectors; and a driver's idle threads spin for
+# half a millisecond, not for several, and leave the cores to the workers.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-# What is in brackets typer would escape for rich, which does not print our help.
+# Typer would escape what is in brackets for rich, which does not print our help.
 typer.core.HAS_RICH = False
 EXPERIMENTS = Path(__file__).parent
 YAML = (".yaml", ".yml")

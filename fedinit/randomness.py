@@ -34,13 +34,14 @@ def torch_seed(rng: np.random.Generator) -> int:
 
 
 def seed_torch(seed: int) -> None:
-    """Seed torch's own generators, of the CPU and of the GPU.
+    """Seed torch's own generators, of the CPU and of every GPU.
 
-    torch.manual_seed also keeps a stack trace for each call, as long as no GPU is in use.
+    torch.manual_seed does so too, but writes down its caller's stack while no GPU is in use: 0.1 ms
+    each time, and some milliseconds where that is not in the caches.
     """
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_available():
-        torch.cuda.manual_seed(seed)
+        torch.cuda.manual_seed_all(seed)
 
 
 def seed_others(seed: int, server_round: int) -> None:

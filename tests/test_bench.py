@@ -1,14 +1,19 @@
 """`fedinit bench`: the bare loop does what RayGrid does, and every contender is in the table."""
 
 import json
+import subprocess
+import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from experiments.bench.bare_loop import BareLoop
+from experiments.bench.measuring import Contender
 from experiments.wiring import Datasets, simulation
 from fedinit.config import make_run
 from strategies.fedopt import draw_cohort
@@ -41,6 +46,26 @@ def test_the_bare_loop_does_what_ray_grid_does(finals, monkeypatch):
         assert torch.allclose(loop.x, final, rtol=0, atol=1e-6)
     finally:
         loop.close()
+
+
+def test_cpu_seconds_are_of_all_processes_and_the_driver():
+    """While the driver computes for 0.3 s of CPU time, and another process for 0.2 s at least."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        try:
+            other = psutil.Process(busy.pid)
+            contender = Contender(updates=1, processes=[psutil.Process(), other])
+            contender.timings.seconds.append([])
+            since, theirs = time.process_time(), other.cpu_times().user
+            contender.begin()
+            while time.process_time() < since + 0.35 or other.cpu_times().user < theirs + 0.25:
+                pass
+            contender.end()
+        finally:
+            busy.kill()
+    timings = contender.timings
+    [[seconds]] = timings.seconds
+    assert 0.3 < timings.driver_seconds <= seconds
+    assert timings.driver_seconds + 0.2 < timings.cpu_seconds < timings.driver_seconds + 2 * seconds
 
 
 def test_pfl_does_what_ray_grid_does(finals, monkeypatch):

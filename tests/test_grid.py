@@ -14,12 +14,13 @@ from flwr.clientapp import ClientApp
 
 from fedinit.parameters import Array, Layout, size_in_bytes
 from fedinit.simulation import ClientError, RayGrid, Workers
+from fedinit.simulation.failures import Failures
 from fedinit.simulation.ray_grid import assign
 from strategies.fedopt import FedOpt
 
 
 def counting_app() -> ClientApp:
-    """Adds the client's number to w, and counts its own rounds in its state."""
+    """Adds the client's number to w, and counts its own rounds in its state, or forgets them."""
     app = ClientApp()
 
     @app.train()
@@ -29,6 +30,8 @@ def counting_app() -> ClientApp:
             raise ValueError("out of luck")
         seen = int(context.state.metric_records.get("seen", {"rounds": 0})["rounds"]) + 1
         context.state["seen"] = MetricRecord({"rounds": seen})
+        if message.content["config"].get("forget"):
+            del context.state["seen"]
         arrays = message.content.array_records["arrays"]
         w = arrays.pop("w").numpy() + client  # consumes its message: the next client's is whole
         reply = ArrayRecord()
@@ -67,6 +70,14 @@ def test_one_reply_for_each_client_and_states_that_persist(workers):
             assert reply.content["metrics"]["seen"] == count
             assert reply.content["arrays"]["w"].numpy().tolist() == [1 + node, 2 + node, 3 + node]
     assert grid.take_sums() is None  # nothing is measured without a layout
+
+
+def test_states_persist_where_workers_reduce_and_may_be_emptied(workers):
+    grid = RayGrid(workers, counting_app, num_clients=5, layout=layout(), reduce=torch.float64)
+    for nodes, forget in (([0, 1, 3, 4], 0), ([1, 3], 0), ([0, 3], 1), ([3, 4], 0)):
+        assert grid.send_and_receive(train_messages(nodes, forget=forget))
+    seen = {node: dict(state.metric_records) for node, state in grid.states.items()}
+    assert seen == {0: {}, 1: {"seen": {"rounds": 2}}, 3: {"seen": {"rounds": 1}}, 4: seen[1]}
 
 
 def test_workers_reduce_to_the_weighted_mean(workers):
@@ -125,6 +136,31 @@ def test_a_failing_client_is_named(workers):
     grid = RayGrid(workers, counting_app, num_clients=5)
     with pytest.raises(ClientError, match=r"client 3 failed to train: ValueError: out of luck"):
         grid.send_and_receive(train_messages([1, 3], **{"fail-at": 3}))
+
+
+def luckless_app() -> ClientApp:
+    """Every client fails, one of them late."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        if message.content["config"]["late"] == context.node_config["partition-id"]:
+            time.sleep(0.5)
+        raise ValueError("out of luck")
+
+    return app
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_who_fails_first_is_told_by_the_shares_and_not_by_the_clock(workers, late):
+    """Three workers, one client each."""
+    skipping = RayGrid(workers, luckless_app, num_clients=3, failures=Failures(skip=True))
+    assert len(list(skipping.send_and_receive(train_messages([0, 1, 2], late=late)))) == 3
+    told = [text.split(" failed")[0] for text in skipping.failures.take()]
+    assert told == ["client 0", "client 1", "client 2"]
+    ending = RayGrid(workers, luckless_app, num_clients=3)
+    with pytest.raises(ClientError, match="client 0 failed to train"):
+        ending.send_and_receive(train_messages([0, 1, 2], late=late))
 
 
 def test_push_and_pull(workers):

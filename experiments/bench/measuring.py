@@ -31,7 +31,7 @@ class Timings:
     Attributes:
         updates: client updates of a round.
         seconds: of each timed round, a list for each repetition.
-        cpu_seconds: of all of its processes, over all timed rounds.
+        cpu_seconds: of all of its processes and of the driver's, over all timed rounds.
         driver_seconds: CPU seconds of the driver's process alone, over the same.
         peak_bytes: of all of its processes together, shared pages counted once (PSS).
     """
@@ -97,7 +97,7 @@ class Contender:
         seconds, driver = (now - then for now, then in zip(_clocks(), self._since, strict=True))
         cpu = self._cpu_of_others() - self._cpu_before
         self.timings.seconds[-1].append(seconds)
-        self.timings.cpu_seconds += cpu + (driver if self._others != self.processes else 0.0)
+        self.timings.cpu_seconds += cpu + driver
         self.timings.driver_seconds += driver
 
     def _cpu_of_others(self) -> float:

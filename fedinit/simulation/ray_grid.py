@@ -6,8 +6,9 @@ object store, once for all workers), and, for a strategy whose reduction is a we
 with one reply.
 """
 
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -220,22 +221,36 @@ class RayGrid(Grid):
     def _collect(self, timeout: float | None) -> None:
         """Turn finished shares into replies; wait for all, or for `timeout` seconds.
 
-        A share whose worker died is done again by another, with the same result.
+        They are taken in the order in which they were sent, whoever is first. A share whose worker
+        died is done again by another, with the same result, when nothing else is under way.
         """
-        end = None if timeout is None else time.monotonic() + timeout
-        while waiting := list(self._under_way):
-            left = None if end is None else max(0.0, end - time.monotonic())
-            done, _ = ray.wait(waiting, timeout=left)  # one is read while the others train
-            for ref in done:
-                sent = self._under_way.pop(ref)
-                try:
-                    share: Share = self._workers.result(ref)
-                except DIED as error:
-                    self._start_again(sent, error)
-                else:
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        while self._under_way:
+            for sent, share in sorted(self._arrivals(end), key=lambda each: each[0].place):
+                if isinstance(share, Share):
                     self._take(share, sent)
-            if not done:  # the time is up
+                else:
+                    self._start_again(sent, share)
+            if time.monotonic() >= end:
                 return
+
+    def _arrivals(self, end: float) -> Iterator[tuple[_Sent, Share | Exception]]:
+        """Yield what came of each share, or how its worker died, until all are there or the end.
+
+        Each is read while the others train.
+        """
+        while waiting := list(self._under_way):
+            left = None if end == math.inf else max(0.0, end - time.monotonic())
+            done, _ = ray.wait(waiting, timeout=left)
+            if not done:
+                return
+            sent = self._under_way.pop(done[0])
+            try:
+                share: Share = self._workers.result(done[0])
+            except DIED as error:
+                yield sent, error
+            else:
+                yield sent, share
 
     def _take(self, share: Share, sent: _Sent) -> None:
         if share.sums is not None:

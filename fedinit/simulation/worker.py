@@ -55,12 +55,17 @@ class Answer(NamedTuple):
     failure: str | None
     state: RecordDict | None
 
+    @property
+    def reduced(self) -> bool:
+        """Whether the content is in the sums alone."""
+        return self.content is None and self.failure is None
+
 
 class Share(NamedTuple):
     """What a worker made of its share.
 
     Attributes:
-        answers: one for each task of which the sums do not say it all.
+        answers: one for each task, but for those that left nothing beside what is in the sums.
         sums: over the updates of its train messages.
         reduced: the first node whose content is in the sums alone.
     """
@@ -129,11 +134,9 @@ class Worker:
                 answers += [self._summed(task, content, sums, reduce) for task in alike]
         if sums is not None and not sums.clients:
             sums = None
-        reduced = [
-            each.node_id for each in answers if each.content is None and each.failure is None
-        ]
-        telling = [each for each in answers if any(part is not None for part in each[1:])]
-        return Share(telling, sums, next(iter(reduced), None))
+        reduced = next((each.node_id for each in answers if each.reduced), None)
+        telling = [each for each in answers if not each.reduced or each.state is not None]
+        return Share(telling, sums, reduced)
 
     def _summed(self, task: Task, content: RecordDict, sums: CohortSums, reduce: bool) -> Answer:
         answer = self._answer(task, content)
@@ -165,7 +168,8 @@ class Worker:
             reply = self._app(message, context)
         except Exception as error:  # whatever a ClientApp raises; the driver says which client
             return _failed(task.node_id, error)
-        state = context.state if len(context.state) else None
+        kept = len(context.state) or task.state is not None  # one that is emptied now, too
+        state = context.state if kept else None
         if reply.has_error():
             return Answer(task.node_id, None, reply.error.reason or "no reason given", state)
         return Answer(task.node_id, reply.content, None, state)
