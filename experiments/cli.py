@@ -112,7 +112,7 @@ def run(
         console.print(cost_table(loaded))
         return
     progress = Progress(console, len(loaded.runs))
-    folder = out or _new_folder(loaded.name)
+    folder = _results_folder(out, resume, loaded.name)
     try:
         summary = run_experiment(loaded, folder, progress, resume, address)
     except StoppedError:
@@ -142,7 +142,8 @@ def tune(
     console = Console()
     loaded = _load(experiment, settings, preset)
     progress = Progress(console, len(loaded.runs))
-    rates = tuning.tune(loaded, out or _new_folder(loaded.name), progress, resume, address)
+    folder = _results_folder(out, resume, loaded.name)
+    rates = tuning.tune(loaded, folder, progress, resume, address)
     console.print(f"rates: {rates}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -300,6 +301,12 @@ def _show(console: Console, folder: Path, summary: dict[str, Any]) -> None:
     if finding is not None:
         say(finding.sentence)
     say(f"report: {write_report(folder, finding)}")
+
+
+def _results_folder(out: Path | None, resume: bool, name: str) -> Path:
+    if resume and out is None:
+        raise RequestError("--resume needs --out DIR, the results folder to go on in")
+    return out or _new_folder(name)
 
 
 def _new_folder(name: str) -> Path:

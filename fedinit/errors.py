@@ -28,4 +28,4 @@ def unknown(kind: str, name: object, choices: Iterable[str]) -> RequestError:
     valid = sorted(choices)
     nearest = get_close_matches(str(name), valid, n=1)
     hint = f"; did you mean '{nearest[0]}'?" if nearest else ";"
-    return RequestError(f"unknown {kind} '{name}'{hint} valid: {', '.join(valid)}")
+    return RequestError(f"unknown {kind} '{name}'{hint} valid: {', '.join(valid) or 'none'}")

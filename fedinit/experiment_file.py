@@ -41,7 +41,22 @@ class Experiment(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader that reads `1e-3` as the number it is (YAML 1.2), not as text."""
+    """YAML's safe loader, as YAML 1.2 has it: `1e-3` is a number, and no key is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See `yaml.SafeLoader`.
+
+        Raises:
+            yaml.YAMLError: a key is given twice.
+        """
+        given = set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in given:
+                problem = f"'{key.value}' is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            given.add(name)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

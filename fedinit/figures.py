@@ -90,10 +90,14 @@ def draw_figures(
     if len(lines["test_accuracy"]) == len(lines["test_loss"]):
         del lines["test_loss"]
     methods = list(dict.fromkeys(_method(row, method_keys) for row in rows))
+    starts = list(dict.fromkeys(_initialization(row) for row in rows))
+    by_method = len(methods) > 1
+    coloured = methods if by_method else starts
     style = _Style(
         ", ".join(method_keys),
-        dict(zip(methods, colours(len(methods)), strict=True)),
-        dashes(list(dict.fromkeys(_initialization(row) for row in rows))),
+        by_method,
+        dict(zip(coloured, colours(len(coloured)), strict=True)),
+        dashes(starts),
     )
     return [
         Drawing(name, f"{MEASURES[name]} by round", _svg(name, drawn, style), _csv(name, drawn))
@@ -104,11 +108,23 @@ def draw_figures(
 
 @dataclass(frozen=True)
 class _Style:
-    """How methods and initializations look, in every figure alike."""
+    """How methods and initializations look, in every figure alike.
+
+    Attributes:
+        title: the legend's.
+        by_method: whether colours tell methods; otherwise, there being one, initializations.
+        colours: by method or by initialization.
+        dashes: by initialization.
+    """
 
     title: str
+    by_method: bool
     colours: dict[str, Any]
     dashes: dict[str, Any]
+
+    def colour(self, method: str, initialization: str) -> Any:
+        """Return a line's colour."""
+        return self.colours[method if self.by_method else initialization]
 
 
 def _method(row: dict[str, Any], keys: list[str]) -> str:
@@ -193,8 +209,12 @@ def _legend(style: _Style) -> tuple[list[Line2D], int]:
     def entry(name: str, **look: Any) -> Line2D:
         return Line2D([], [], label=name, **look)
 
-    methods = [entry(name, color=colour) for name, colour in style.colours.items()]
-    starts = [entry(name, color=INK, linestyle=dash) for name, dash in style.dashes.items()]
+    shown = style.colours.items() if style.by_method else ()
+    methods = [entry(name, color=colour) for name, colour in shown]
+    starts = [
+        entry(name, color=INK if style.by_method else style.colours[name], linestyle=dash)
+        for name, dash in style.dashes.items()
+    ]
     groups = [group for group in (methods, starts) if len(group) > 1]
     longest = max((len(str(found.get_label())) for group in groups for found in group), default=0)
     columns = 2 if longest <= _LONGEST // 2 else 1
@@ -209,7 +229,7 @@ def _legend(style: _Style) -> tuple[list[Line2D], int]:
 
 def _draw_panel(ax: Axes, lines: list[Line], style: _Style) -> None:
     for line in lines:
-        colour = style.colours[line.method]
+        colour = style.colour(line.method, line.initialization)
         ax.plot(
             line.rounds,
             line.means,

@@ -36,12 +36,12 @@ def call(kind: str, function: Any, arguments: Mapping[str, Any], **offered: Any)
         RequestError: an argument is unknown or missing, or the user's own code raises.
     """
     try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        parameters = {}  # type: ignore[assignment]
-    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        parameters: Mapping[str, inspect.Parameter] = inspect.signature(function).parameters
+        takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    except (TypeError, ValueError):  # it does not say what it takes
+        parameters, takes_any = {}, True
     for name in arguments:
-        if parameters and not takes_any and name not in parameters:
+        if not takes_any and name not in parameters:
             raise unknown(f"{kind}_args key", name, parameters)
     asked = {name: value for name, value in offered.items() if name in parameters}
     try:

@@ -96,6 +96,14 @@ CASES = {
         {"dataset_args": {"client": 3}},
         ["dataset_args", "'client'", "mean 'clients'?"],
     ),
+    "argument of a function that takes none": (
+        {"dataset": "plugged_in:other_gaussians", "dataset_args": {"clients": 3}},
+        ["unknown dataset_args key 'clients'", "valid: none"],
+    ),
+    "a loss that is a mean": (
+        {"loss": "torch.nn.functional:cross_entropy"},
+        ["torch.nn.functional:cross_entropy", "one number", "each example (reduction='none')"],
+    ),
     "not a dataset": ({"dataset": "plugged_in:half_squared_error"}, ["dataset", "failed"]),
     "not a module": ({"model": "plugged_in:gaussians"}, ["model", "FederatedDataset", "Module"]),
     "not a strategy": ({"strategy": "plugged_in:gaussians"}, ["strategy", "FederatedDataset"]),
@@ -139,6 +147,24 @@ def test_wrong_settings(case, refused):
     line = refused(merged)
     for part in expected:
         assert part in line, line
+
+
+def test_a_key_given_twice(fedinit, tmp_path):
+    (tmp_path / "twice.yaml").write_text("rounds: 2\nclient: {lr: 0.1}\nrounds: 5\n")
+    result = fedinit("run", tmp_path / "twice.yaml")
+    assert result.exit_code == 2
+    [line] = result.stderr.splitlines()
+    assert "twice.yaml" in line
+    assert "'rounds' is given twice" in line
+    assert "line 3" in line
+
+
+@pytest.mark.parametrize("command", ["run", "tune"])
+def test_what_to_resume_is_to_be_said(command, fedinit, experiment):
+    result = fedinit(command, experiment(RUN), "--resume")
+    assert result.exit_code == 2
+    told = "fedinit: --resume needs --out DIR, the results folder to go on in"
+    assert result.stderr.splitlines() == [told]
 
 
 def test_too_few_cpus_end_in_one_line_as_well(fedinit, experiment, ray_started, tmp_path):

@@ -57,6 +57,8 @@ def _by_row(losses: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return each row's summed loss, and over how many targets it is summed; None: one each."""
     if losses.ndim == 1:
         return losses, None
+    if not losses.ndim:
+        raise ValueError("the loss is one number, expected one for each example (reduction='none')")
     if targets.is_floating_point() or losses.shape != targets.shape:
         return losses.flatten(1).mean(1), None
     present = targets != IGNORED
