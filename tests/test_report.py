@@ -14,6 +14,7 @@ from rich.console import Console
 
 from experiments.studies import find
 from fedinit.config import Run
+from fedinit.drawing import PALETTE
 from fedinit.errors import RequestError
 from fedinit.experiment_file import load_experiment
 from fedinit.report import compare_initializations, console_table, write_report
@@ -210,6 +211,18 @@ def test_more_methods_than_colours_become_panels(tmp_path: Path) -> None:
     svg = (folder / "figures" / "test_accuracy.svg").read_text(encoding="utf-8")
     assert "server.optimizer = e</text>" in svg
     assert "server.optimizer = f</text>" in svg
+
+
+@pytest.mark.parametrize("methods", [1, 2])
+def test_colours_tell_methods_or_where_there_is_one_initializations(methods, tmp_path: Path):
+    """Of one method each initialization has its colour; of two, each method."""
+    grid = f"{{server.lr: {[0.1, 0.2][:methods]}, initialization: [random, pretrained, proxy]}}"
+    folder = results(tmp_path, grid, [0.5] * 3 * methods)
+    write_report(folder)
+    svg = (folder / "figures" / "test_accuracy.svg").read_text(encoding="utf-8").upper()
+    assert [colour in svg for colour in PALETTE] == [
+        index < (3 if methods == 1 else 2) for index in range(len(PALETTE))
+    ]
 
 
 def test_the_console_table_fits_100_columns(tmp_path: Path) -> None:
