@@ -108,15 +108,18 @@ def run(
     if dry_run:
         os.environ["HF_HUB_OFFLINE"] = "1"  # what is not here yet is said, not fetched
         from experiments.dry_run import cost_table
+        from experiments.resuming import check_folder
 
+        if out is not None:
+            check_folder(loaded, out, resume)
         console.print(cost_table(loaded))
         return
     progress = Progress(console, len(loaded.runs))
     folder = _results_folder(out, resume, loaded.name)
     try:
         summary = run_experiment(loaded, folder, progress, resume, address)
-    except StoppedError:
-        if (folder / SUMMARY).exists():
+    except KeyboardInterrupt as stopped:
+        if isinstance(stopped, StoppedError) and (folder / SUMMARY).exists():
             _show(console, folder, read_summary(folder))
         progress.note(f"stopped; --out {folder} --resume goes on, with the same file and --set")
         raise
@@ -193,10 +196,10 @@ def data(
     if name in DATASETS or ":" in name:
         add_to_path([os.getcwd()])  # as an experiment file's folder is
         runs = [data_summary.named(name, settings or [], datasets)]
-    elif name in _experiments() or Path(name).suffix in YAML:
+    elif name in our_experiments() or Path(name).suffix in YAML:
         runs = data_summary.different(_load(name, settings, None))
     else:
-        raise unknown("data set or experiment", name, [*DATASETS, *_experiments(), "FILE.yaml"])
+        raise unknown("data set or experiment", name, [*DATASETS, *our_experiments(), "FILE.yaml"])
     folder = out or _new_folder(f"data-{Path(name).stem}")
     ready, missing = {}, {}
     for number, run in enumerate(runs, start=1):
@@ -239,7 +242,7 @@ def bench(
     """Time rounds through RayGrid beside those of a bare PyTorch loop; write DIR/bench.json.
 
     The bare loop does the same rounds with as many processes: as PyTorch comes, and tuned with our
-    workers' settings. So does pfl-research, in processes of its own, where it is installed.
+    workers' settings. So do pfl-research and BlazeFL, as they come, where they are installed.
     Nothing else should be running on the machine.
     """
     from experiments.bench import command
@@ -313,8 +316,9 @@ def _new_folder(name: str) -> Path:
     return Path("results") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _experiments() -> dict[str, Path]:
-    files = [*EXPERIMENTS.glob("*.yaml"), *EXPERIMENTS.glob("bench/*.yaml")]
+def our_experiments() -> dict[str, Path]:
+    """Return the files of our experiments by name; those that `bench` times come last."""
+    files = [*sorted(EXPERIMENTS.glob("*.yaml")), *sorted(EXPERIMENTS.glob("bench/*.yaml"))]
     return {each.stem: each for each in files}
 
 
@@ -327,7 +331,7 @@ def find_experiment(name: str) -> Path:
     path = Path(name)
     if path.suffix in YAML or path.is_file():
         return path
-    known = _experiments()
+    known = our_experiments()
     if name not in known:
         raise unknown("experiment", name, [*known, "FILE.yaml"])
     return known[name]

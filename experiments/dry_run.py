@@ -5,6 +5,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from experiments.proxies import check
 from experiments.studies import check_study
 from experiments.wiring import Datasets, check_methods, problem_of
 from fedinit import wording
@@ -19,10 +20,10 @@ def cost_table(experiment: Experiment) -> Group:
 
     Updates are rounds x cohort; examples are expected ones (updates x a client's mean examples x
     its expected local epochs); traffic is x down and up again for each update. A run whose data
-    are not here has no examples and traffic, and the reasons follow the table.
+    are not here has no examples and traffic. What is not ready, data or weights, follows the table.
 
     Raises:
-        RequestError: a request is wrong in anything but its data.
+        RequestError: a request is wrong in anything but its data and weights.
     """
     check_study(experiment.study)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, show_footer=True)
@@ -40,6 +41,10 @@ def cost_table(experiment: Experiment) -> Group:
             reasons.setdefault(str(error), label)
         else:
             costs[2:] = _work(run, problem_of(run, datasets))
+            try:
+                check(run, datasets)
+            except RequestError as error:
+                reasons.setdefault(str(error), label)
         rows.append((label, costs))
         totals = [total + (cost or 0) for total, cost in zip(totals, costs, strict=True)]
     for name, total in zip(("rounds", "client updates", "examples", "GB"), totals, strict=True):

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from clients import CLIENT_OPTIMIZERS
 from clients.client_optimizers import NEED_FEDOPT
+from experiments.cli import our_experiments
 from experiments.studies import STUDIES
 from experiments.wiring import STRATEGIES
 from fedinit.data import DATASETS, EMBEDDED, PARTITIONS
@@ -63,8 +64,9 @@ def tables() -> Iterator[Table]:
     )
     yield _table("loss", {name: (_about(each), "integer targets") for name, each in LOSSES.items()})
     yield _table("study", {name: (_about_module(each), "") for name, each in STUDIES.items()})
-    files = sorted(Path(__file__).parent.glob("*.yaml"))
-    yield _table("experiment", {file.stem: (_first_comment(file), "") for file in files})
+    yield _table(
+        "experiment", {name: (_first_comment(file), "") for name, file in our_experiments().items()}
+    )
 
 
 def _table(kind: str, rows: dict[str, tuple[str, str]], third: str = "needs") -> Table:

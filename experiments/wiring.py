@@ -22,7 +22,7 @@ from fedinit import initialization
 from fedinit.config import Run
 from fedinit.data import FederatedDataset, partitioned, with_validation
 from fedinit.device import device
-from fedinit.errors import RequestError, named, unknown
+from fedinit.errors import RequestError, located, unknown
 from fedinit.initialization import Initialization
 from fedinit.measurements.evaluation import evaluate
 from fedinit.pretraining import proxy_path
@@ -309,5 +309,5 @@ def try_out(run: Run, problem: Problem) -> None:
     except Exception as error:  # whatever a user's model or loss raises
         raise RequestError(
             f"model '{run.model}' with loss '{run.loss}' does not fit rows of shape {shape} of "
-            f"'{run.dataset}': {named(error)}"
+            f"'{run.dataset}': {located(error)}"
         ) from None

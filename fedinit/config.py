@@ -188,7 +188,7 @@ def get(run: Run, key: str) -> Any:
         if not isinstance(value, Mapping) or part not in value:
             if key.split(".", 1)[0] in FREE_FORM:
                 return None
-            raise unknown("key", key, dotted_keys())
+            raise unknown_key(key, dotted_keys())
         value = value[part]
     return value
 
@@ -217,6 +217,13 @@ def dotted_keys() -> list[str]:
     return keys
 
 
+def unknown_key(key: str, known: Iterable[str]) -> RequestError:
+    """Build the error for a key that is not there: the nearest of all, and those of its section."""
+    known, section = list(known), key.rpartition(".")[0]
+    beside = [each for each in known if each.rpartition(".")[0] == section]
+    return unknown("key", key, known, beside)
+
+
 def explain(error: ValidationError, known: Iterable[str], section: str = "") -> RequestError:
     """Return the request's error that is the first of a validation's: one line, with the key.
 
@@ -230,7 +237,7 @@ def explain(error: ValidationError, known: Iterable[str], section: str = "") -> 
     known = [above + each for each in known]
     key = above + ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return unknown("key", key, known)
+        return unknown_key(key, known)
     if first["type"] == "missing":
         return RequestError(f"{key}: required key is missing")
     while key not in known and "." in key:  # pydantic adds which of a key's types it tried

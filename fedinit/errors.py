@@ -1,5 +1,6 @@
 """The one error for a request that cannot be carried out as written."""
 
+import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -23,9 +24,25 @@ def named(error: BaseException) -> str:
     return one_line(f"{type(error).__name__}: {error}")
 
 
-def unknown(kind: str, name: object, choices: Iterable[str]) -> RequestError:
-    """Build the error for a name that is not among `choices`, suggesting the nearest one."""
+def located(error: BaseException) -> str:
+    """Return an error's type, text and the line of code that raised it, on one line."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    return one_line(f"{named(error)} ({frame.f_code.co_filename}:{line})")
+
+
+def unknown(
+    kind: str, name: object, choices: Iterable[str], listed: Iterable[str] = ()
+) -> RequestError:
+    """Build the error for a name that is not among `choices`, suggesting the nearest one.
+
+    Args:
+        kind: what is named.
+        name: the name.
+        choices: the valid names.
+        listed: those of them to list; default: all.
+    """
     valid = sorted(choices)
     nearest = get_close_matches(str(name), valid, n=1)
     hint = f"; did you mean '{nearest[0]}'?" if nearest else ";"
-    return RequestError(f"unknown {kind} '{name}'{hint} valid: {', '.join(valid) or 'none'}")
+    shown = ", ".join(sorted(listed) or valid) or "none"
+    return RequestError(f"unknown {kind} '{name}'{hint} valid: {shown}")

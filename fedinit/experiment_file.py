@@ -20,9 +20,10 @@ from zlib import crc32
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from fedinit.config import FREE_FORM, Run, dotted_keys, get, make_run
+from fedinit.config import FREE_FORM, Run, dotted_keys, get, make_run, unknown_key
 from fedinit.errors import RequestError, one_line, unknown
 
+_BESIDE_A_RUN = ("name", "study", "grid", "when", "rules", "presets", "tune")
 LONGEST = 150  # characters of a run's name
 _MOST_VALUES = 1_000_000  # in a file
 
@@ -75,7 +76,14 @@ def parse_value(text: str) -> Any:
     try:
         return _read(text)
     except _NOT_YAML as error:
-        raise RequestError(f"'{text}' is not a YAML value: {one_line(error)}") from None
+        raise RequestError(f"'{text}' is not a YAML value: {_why(error)}") from None
+
+
+def _why(error: Exception) -> str:
+    """Say what is wrong, and in which line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return one_line(f"{error.problem} (line {error.problem_mark.line + 1})")
+    return one_line(error)
 
 
 def _read(text: str) -> Any:
@@ -115,7 +123,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}") from None
     except _NOT_YAML as error:
-        raise RequestError(f"{path} is not YAML: {one_line(error)}") from None
+        raise RequestError(f"{path} is not YAML: {_why(error)}") from None
     if not _is_settings(content):
         raise RequestError(f"{path}: expected `key: value` settings at the top level")
     return content
@@ -148,6 +156,9 @@ def load_experiment(
         rules = [rule for file in _files(raw) for rule in _rules_of(path.parent / file)]
         rules += check_rules("when", raw.pop("when", None) or [])
         beside = {key: raw.pop(key, None) for key in ("name", "study", "tune")}
+        for key in raw:
+            if key not in Run.model_fields:
+                raise unknown_key(key, [*dotted_keys(), *_BESIDE_A_RUN])
         name = path.stem if beside["name"] is None else beside["name"]
         if not isinstance(name, str) or _slug(name) != name or not name.strip("."):
             raise RequestError(f"name: letters, digits and . _ = , - only, got {name!r}")
@@ -316,7 +327,7 @@ def _apply(settings: dict[str, Any], dotted: Mapping[str, Any]) -> None:
     for key, value in dotted.items():
         *sections, last = key.split(".")
         if sections and sections[0] not in FREE_FORM and key not in dotted_keys():
-            raise unknown("key", key, dotted_keys())
+            raise unknown_key(key, dotted_keys())
         inner = settings
         for section in sections:
             inner = inner.setdefault(section, {})

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from fedinit.errors import RequestError, named, unknown
+from fedinit.errors import RequestError, located, named, unknown
 
 
 def resolve(kind: str, name: str, known: Mapping[str, Any]) -> Any:
@@ -49,18 +49,8 @@ def call(kind: str, function: Any, arguments: Mapping[str, Any], **offered: Any)
     except RequestError:
         raise
     except Exception as error:  # the user's own function
-        where = _where(error)
-        raise RequestError(
-            f"{kind}: {getattr(function, '__name__', function)} failed: "
-            f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
-        ) from None
-
-
-def _where(error: BaseException) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})" if trace else ""
+        name = getattr(function, "__name__", function)
+        raise RequestError(f"{kind}: {name} failed: {located(error)}") from None
 
 
 def add_to_path(folders: list[str]) -> None:

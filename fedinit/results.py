@@ -346,7 +346,8 @@ def _summary_row(folder: Path, label: str, varied: list[str], run: Run) -> dict[
     rounds = at.rounds
     tested = [line for line in rounds if line.get("test_loss") is not None]
     accuracies = [line for line in tested if line.get("test_accuracy") is not None]
-    last = tested[-1] if tested else {}
+    status = at.status
+    last = tested[-1] if tested and status == DONE else {}  # what was broken off has no end
     target = run.target_accuracy
     reached = [
         line["round"]
@@ -355,7 +356,7 @@ def _summary_row(folder: Path, label: str, varied: list[str], run: Run) -> dict[
     ]
     return {
         "run": label,
-        "status": at.status,
+        "status": status,
         **{key: get(run, key) for key in varied},
         "rounds_done": rounds[-1]["round"] if rounds else 0,
         "initial_test_loss": rounds[0]["test_loss"] if rounds else None,

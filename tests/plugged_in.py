@@ -257,6 +257,15 @@ class Decaying(FedAvg):
         return type(arrays)(dict(zip(arrays, map(_array, moved), strict=True))), metrics
 
 
+class Raising(FedAvg):
+    """A strategy with a mistake in it."""
+
+    def aggregate_train(self, server_round, replies):
+        if server_round == 2:
+            raise KeyError("no second round")
+        return super().aggregate_train(server_round, replies)
+
+
 class OwnStart(FedAvg):
     """Has a `start` of its own, whose place in mid-run nobody else knows."""
 

@@ -68,16 +68,15 @@ def test_cpu_seconds_are_of_all_processes_and_the_driver():
     assert timings.driver_seconds + 0.2 < timings.cpu_seconds < timings.driver_seconds + 2 * seconds
 
 
-def test_pfl_does_what_ray_grid_does(finals, monkeypatch):
-    """As the bare loop: what pfl-research is timed at is the same work."""
-    pfl_research = pytest.importorskip(
-        "experiments.bench.pfl_research", reason="pfl-research is not installed"
-    )
+@pytest.mark.parametrize("peer", ["pfl_research", "blazefl"])
+def test_a_peer_does_what_ray_grid_does(finals, monkeypatch, peer):
+    """As the bare loop: what another simulator is timed at is the same work."""
+    module = pytest.importorskip(f"experiments.bench.{peer}", reason="it is not installed")
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     (folder,) = finals(RUN).values()
     run = make_run(RUN)
     problem = simulation(run, Datasets()).problem
-    assert len(pfl_research.train(run, problem)) == run.rounds
+    assert len(module.train(run, problem)) == run.rounds
     trained = problem.model.state_dict()
     for name, value in load_file(folder / "final.safetensors").items():
         assert torch.allclose(trained[name], value, rtol=0, atol=1e-6)
@@ -93,7 +92,8 @@ def test_each_contender_is_timed_on_a_file_of_ones_own(fedinit, experiment, tmp_
     )
     assert result.exit_code == 0, result.output
     found = json.loads((out / "bench.json").read_text())["work"]["small"]["contenders"]
-    peers = ["Flower's runtime", *(["pfl"] if find_spec("pfl") else [])]
+    installed = [name for name in ("pfl", "BlazeFL") if find_spec(name.lower())]
+    peers = ["Flower's runtime", *installed]
     assert list(found) == ["RayGrid", "bare loop", "tuned loop", *peers]
     assert found["RayGrid"]["start_up_seconds"] > 0
     for name, numbers in found.items():

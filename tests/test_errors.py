@@ -157,6 +157,32 @@ def test_a_key_given_twice(fedinit, tmp_path):
     assert "twice.yaml" in line
     assert "'rounds' is given twice" in line
     assert "line 3" in line
+    assert "unicode string" not in line
+
+
+def test_of_valid_keys_those_of_the_section_are_listed(refused):
+    line = refused(RUN | {"server": {"learning_rate": 0.1}})
+    assert "unknown key 'server.learning_rate'" in line
+    assert "server.lr" in line
+    assert "client.lr" not in line
+    line = refused(RUN | {"presest": {}})
+    assert "did you mean 'presets'?" in line
+    assert "grid" in line
+    assert "server.lr" not in line
+
+
+def test_a_dry_run_says_what_is_not_ready(fedinit, experiment, tmp_path):
+    """It needs no --out; one that is given must be free."""
+    nowhere = experiment(RUN | {"initialization": "none.safetensors"})
+    result = fedinit("run", nowhere, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "not ready here: initialization: " in result.output
+    assert "none.safetensors: no such file" in result.output.replace("\n", "")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").touch()
+    result = fedinit("run", nowhere, "--dry-run", "--out", tmp_path / "taken")
+    assert result.exit_code == 2
+    assert "not empty" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["run", "tune"])

@@ -52,6 +52,7 @@ def results(ray_started, tmp_path_factory):
         {"model": ["plugged_in:Point"], "model_args": [{}], "server.lr": [1.7e308]},
         {"model": ["plugged_in:Point"], "model_args": [{}], "client.lr": [5e152]},
         {"model": ["plugged_in:Point"], "model_args": [{}], "server.lr": [1.0]},
+        {"model": ["plugged_in:Point"], "model_args": [{}], "strategy": ["plugged_in:Raising"]},
     ]
     file.write_text(yaml.safe_dump(POINTS | {"grid": grid}))
     result = CliRunner().invoke(app, ["run", str(file), "--out", str(folder / "out")])
@@ -112,6 +113,18 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(results):
     (row,) = of(out, **{"client.lr": 5e152})
     assert (row["status"], row["diverged_in_round"]) == ("diverged", 2)
     assert row["error"] == "train_loss is not finite in round 2"
+
+
+def test_a_strategy_that_raises_is_named_with_its_line(results):
+    """It ends in round 2: what was tested before is no final result."""
+    out, _ = results
+    (row,) = of(out, strategy="plugged_in:Raising")
+    assert row["status"] == "failed"
+    lines = (out.parent / "plugged_in.py").read_text().splitlines()
+    number = 1 + next(at for at, line in enumerate(lines) if "no second round" in line)
+    assert row["error"] == f"KeyError: 'no second round' ({out.parent}/plugged_in.py:{number})"
+    assert row["initial_test_loss"] is not None
+    assert row["final_test_loss"] is None
 
 
 def test_the_page_says_what_was_left_out_and_counts_failed_clients(results):

@@ -197,8 +197,9 @@ def test_two_signals_stop_at_once(experiment, tmp_path):
         process.send_signal(signal.SIGINT)
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=120)
+        said, errors = process.communicate(timeout=120)
     assert time.monotonic() - since < 60
+    assert f"stopped; --out {out} --resume goes on" in said
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert [line["round"] for line in RunFolder(out / RUNS[0]).rounds] == [0]

@@ -29,7 +29,7 @@ from fedinit.experiment_file import Experiment
 from fedinit.results import write_atomically
 from fedinit.simulation import Workers
 
-FLOWER, PFL = "Flower's runtime", "pfl"
+FLOWER, PFL, BLAZEFL = "Flower's runtime", "pfl", "BlazeFL"
 _START_UP_LIMIT = 300  # seconds
 _FLOWER = "import sys; from experiments.bench.flower import main; main(sys.argv[1])"
 _LAUNCHER = ["-m", "torch.distributed.run", "--standalone"]
@@ -146,9 +146,7 @@ def _record(measured: Measured) -> dict[str, Any]:
 def _table(name: str, record: dict[str, Any]) -> Table:
     rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "seconds for a round": lambda each: f"{each['round_seconds']:.3f}",
-        f"times the {TUNED}": lambda each: (
-            f"{sorted(each['ratios'])[len(each['ratios']) // 2]:.2f}"
-        ),
+        f"times the {TUNED}": lambda each: f"{median(each['ratios']):.2f}",
         "least to most": lambda each: f"{min(each['ratios']):.2f}-{max(each['ratios']):.2f}",
         "updates for a second": lambda each: f"{each['updates_per_second']:.1f}",
         "CPU ms for an update": lambda each: f"{1e3 * each['cpu_seconds_per_update']:.2f}",
@@ -210,6 +208,8 @@ def _peers(flower: bool, run: Run, processes: int) -> dict[str, Peer]:
     if find_spec("pfl") and run.cohort % processes == 0:
         module = ["-m", "experiments.bench.pfl_research"]
         found[PFL] = Peer([*_LAUNCHER, f"--nproc-per-node={processes}", *module], {})
+    if find_spec("blazefl"):
+        found[BLAZEFL] = Peer(["-m", "experiments.bench.blazefl"], {"workers": processes})
     return found
 
 

@@ -1,6 +1,5 @@
 """A worker: one process that runs its share of the virtual clients, one by one or many as one."""
 
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -12,7 +11,7 @@ from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedinit.cohort import ARRAYS, METRICS, CohortSums, Trained
-from fedinit.errors import named
+from fedinit.errors import located
 from fedinit.parameters import Layout
 from fedinit.registry import add_to_path
 from fedinit.simulation.flower_internals import RUN_ID, claim_identity
@@ -202,8 +201,7 @@ def _train(
 
 
 def _failed(node: int, error: Exception) -> Answer:
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return Answer(node, None, f"{named(error)} ({where.filename}:{where.lineno})", None)
+    return Answer(node, None, located(error), None)
 
 
 def _usual(reply: RecordDict | None) -> TypeGuard[RecordDict]:
