@@ -68,7 +68,7 @@ def test_cpu_seconds_are_of_all_processes_and_the_driver():
     assert timings.driver_seconds + 0.2 < timings.cpu_seconds < timings.driver_seconds + 2 * seconds
 
 
-@pytest.mark.parametrize("peer", ["pfl_research", "blazefl"])
+@pytest.mark.parametrize("peer", ["pfl_research", "blazefl_threads"])
 def test_a_peer_does_what_ray_grid_does(finals, monkeypatch, peer):
     """As the bare loop: what another simulator is timed at is the same work."""
     module = pytest.importorskip(f"experiments.bench.{peer}", reason="it is not installed")

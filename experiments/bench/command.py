@@ -209,7 +209,7 @@ def _peers(flower: bool, run: Run, processes: int) -> dict[str, Peer]:
         module = ["-m", "experiments.bench.pfl_research"]
         found[PFL] = Peer([*_LAUNCHER, f"--nproc-per-node={processes}", *module], {})
     if find_spec("blazefl"):
-        found[BLAZEFL] = Peer(["-m", "experiments.bench.blazefl"], {"workers": processes})
+        found[BLAZEFL] = Peer(["-m", "experiments.bench.blazefl_threads"], {"workers": processes})
     return found
 
 
