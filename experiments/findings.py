@@ -58,16 +58,19 @@ def tasks(
     own = {"initialization", "seed", *compared}
     keys = [key for key in summary["varied"] if key not in own]
     by_task: dict[str, list[Result]] = {}
+    given: dict[str, str] = {}  # initializations as the experiment file has them
     for row in summary["runs"]:
         if row["status"] == "done":
             at = RunFolder(folder / row["run"])
             result = Result(at.run, at.rounds, at)
+            start = result.run.initialization
+            given[start] = row.get("initialization", start)
             by_task.setdefault(label(row, keys) or result.run.dataset, []).append(result)
     apart: dict[str, list[Result]] = {}
     for task, results in by_task.items():
         others = dict.fromkeys(r.run.initialization for r in results if r.start == PRETRAINED)
         for other in others or [PRETRAINED]:
-            name = f"{task} from {shorten(other)}" if len(others) > 1 else task
+            name = f"{task} from {shorten(given[other])}" if len(others) > 1 else task
             apart[name] = [r for r in results if r.run.initialization in (RANDOM, other)]
     return apart
 

@@ -71,13 +71,14 @@ def run_experiment(
         }
         stop = Stop()
         try:
-            for setting in dict.fromkeys(run.workers for run in todo.values()):
-                alike = {label: run for label, run in todo.items() if run.workers == setting}
+            # The most first: more than Ray has CPUs is refused before anything is run.
+            for number in sorted({_workers(run) for run in todo.values()}, reverse=True):
+                alike = {label: run for label, run in todo.items() if _workers(run) == number}
                 progress.note("starting the workers")
                 with (
                     stop.caught(),
                     Workers(
-                        number=None if setting == "auto" else setting,
+                        number=number or None,
                         most=max(run.cohort for run in alike.values()),
                         import_path=[str(experiment.folder)],
                         address=address,
@@ -94,6 +95,11 @@ def run_experiment(
             summarize(out, experiment)
             raise
         return summarize(out, experiment)
+
+
+def _workers(run: Run) -> int:
+    """How many workers a run asks for; 0 for `auto`."""
+    return 0 if run.workers == "auto" else run.workers
 
 
 def _carry_out(

@@ -299,10 +299,7 @@ def _line(text: bytes) -> dict[str, Any]:
 
 def summarize(folder: Path, experiment: Experiment) -> dict[str, Any]:
     """Write summary.json and summary.csv of the runs under `folder`; return the summary."""
-    rows = [
-        _summary_row(folder, label, experiment.varied, run)
-        for label, run in experiment.runs.items()
-    ]
+    rows = [_summary_row(folder, label, experiment, run) for label, run in experiment.runs.items()]
     summary = {
         "name": experiment.name,
         "study": experiment.study,
@@ -341,7 +338,12 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def _summary_row(folder: Path, label: str, varied: list[str], run: Run) -> dict[str, Any]:
+def _given(value: Any, folder: Path) -> Any:
+    """Return a setting's value; a path beside the experiment file as it is given there."""
+    return value.removeprefix(f"{folder}/") if isinstance(value, str) else value
+
+
+def _summary_row(folder: Path, label: str, experiment: Experiment, run: Run) -> dict[str, Any]:
     at = RunFolder(folder / label)
     rounds = at.rounds
     tested = [line for line in rounds if line.get("test_loss") is not None]
@@ -357,7 +359,7 @@ def _summary_row(folder: Path, label: str, varied: list[str], run: Run) -> dict[
     return {
         "run": label,
         "status": status,
-        **{key: get(run, key) for key in varied},
+        **{key: _given(get(run, key), experiment.folder) for key in experiment.varied},
         "rounds_done": rounds[-1]["round"] if rounds else 0,
         "initial_test_loss": rounds[0]["test_loss"] if rounds else None,
         "final_test_accuracy": last.get("test_accuracy"),

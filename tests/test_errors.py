@@ -199,6 +199,16 @@ def test_too_few_cpus_end_in_one_line_as_well(fedinit, experiment, ray_started, 
     assert result.stderr.splitlines() == ["fedinit: workers: 999 workers, but Ray has 4 CPUs"]
 
 
+def test_too_few_cpus_for_one_run_of_several(fedinit, experiment, ray_started, tmp_path):
+    """They are known before another run is made."""
+    out = tmp_path / "out"
+    several = RUN | {"grid": {"workers": [1, 999]}}
+    result = fedinit("run", experiment(several), "--out", out)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == ["fedinit: workers: 999 workers, but Ray has 4 CPUs"]
+    assert not out.exists()
+
+
 def test_wrong_overrides(refused):
     assert "expected dotted.key=value" in refused(RUN, "--set", "client.lr")
     assert "mean 'client.lr'?" in refused(RUN, "--set", "client.lt=0.1")

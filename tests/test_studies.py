@@ -339,6 +339,21 @@ def test_a_proxy_stands_where_published_weights_do(tmp_path: Path) -> None:
         assert found.sentence.count("which agrees") == len(starts) - 1
 
 
+def test_own_weights_are_named_as_the_file_has_them(tmp_path: Path) -> None:
+    """Beside it they need no folder, wherever it lies; elsewhere the path is as it is."""
+    starts = {"random": 0.3, "a.safetensors": 0.7, "weights/b.safetensors": 0.8}
+    (folder := tmp_path / ("long" * 10)).mkdir()
+    found = finding(
+        folder,
+        "convergence",
+        f"{{initialization: [{', '.join(starts)}, /c.safetensors]}}",
+        ends(lambda run: starts.get(run.initialization.removeprefix(f"{folder}/"), 0.9)),
+    )
+    for start in (*list(starts)[1:], "/c.safetensors"):
+        end = f"{starts.get(start, 0.9):.1%}"
+        assert f"on toy from {start} the final test accuracy is {end}" in found.sentence
+
+
 @pytest.mark.parametrize("study", list(STUDIES))
 @pytest.mark.parametrize("preset", ["embedded", "paper"])
 def test_every_study_has_its_two_presets(study: str, preset: str) -> None:
