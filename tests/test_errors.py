@@ -165,6 +165,10 @@ def test_of_valid_keys_those_of_the_section_are_listed(refused):
     assert "unknown key 'server.learning_rate'" in line
     assert "server.lr" in line
     assert "client.lr" not in line
+    line = refused(RUN, "--set", "clien.lr=0.1")
+    assert "did you mean 'client.lr'?" in line
+    assert "cohort" in line
+    assert "server.lr" not in line
     line = refused(RUN | {"presest": {}})
     assert "did you mean 'presets'?" in line
     assert "grid" in line
