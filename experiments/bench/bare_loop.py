@@ -1,7 +1,8 @@
 """The floor: local SGD and averaging with nothing around them, in bare PyTorch.
 
 A process of one thread for each worker; each trains its part of the cohort, one client after
-another, on a kept model whose parameters are views of one vector, and sums in shared memory.
+another, on a kept model whose parameters are views of one vector, on the GPU if there is one, and
+sums in shared memory.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from clients.memory_format import MEMORY_FORMATS
 from fedinit import simulation
 from fedinit.config import Run
 from fedinit.data import FederatedDataset
+from fedinit.device import device
 from fedinit.problem import Problem, build_problem
 
 Columns = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -93,14 +95,15 @@ def _work(
 ) -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    problem = build_problem(run, FederatedDataset(*columns[:2], None, *columns[2:]))
+    problem = build_problem(run, FederatedDataset(*columns[:2], None, *columns[2:])).on(device())
     model, data, size = problem.model.train(), problem.dataset, run.client.batch_size
     model.to(memory_format=MEMORY_FORMATS.get(run.memory_format, torch.contiguous_format))
     parameters: list[Tensor] = [each for each in model.parameters() if each.requires_grad]
     flat = _flat(parameters)
-    pipe.send(flat)
+    pipe.send(flat.cpu())
+    sums = total if flat.is_cpu else torch.zeros_like(flat)
     while (share := pipe.recv()) is not None:
-        total.zero_()
+        sums.zero_()
         for client in share:
             flat.copy_(x)
             own = torch.from_numpy(rows[offsets[client] : offsets[client + 1]])
@@ -112,7 +115,8 @@ def _work(
                     gradients = torch.autograd.grad(loss, parameters)
                     with torch.no_grad():
                         torch._foreach_add_(parameters, gradients, alpha=-run.client.lr)
-            total.add_(flat, alpha=len(own))
+            sums.add_(flat, alpha=len(own))
+        total.copy_(sums)
         barrier.wait()
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from experiments.wiring import Datasets, simulation
 from fedinit.config import Run
+from fedinit.device import device
 from fedinit.experiment_file import load_experiment
 from fedinit.problem import Problem
 from strategies.fedopt import draw_cohort
@@ -35,7 +36,7 @@ class _Clients(ThreadPoolClientTrainer):
 
     def __init__(self, run: Run, problem: Problem) -> None:
         threads = 1 if run.workers == "auto" else run.workers
-        self.num_parallels, self.device = threads, "cpu"
+        self.num_parallels, self.device = threads, str(device())
         self.stop_event = threading.Event()
         self.cache: list[_Update] = []
         self._run, self._problem = run, problem
@@ -43,9 +44,7 @@ class _Clients(ThreadPoolClientTrainer):
         for _ in range(threads):
             self._models.put(copy.deepcopy(problem.model).train())
 
-    def worker(
-        self, cid: int, device: str, payload: Tensor, stop_event: threading.Event
-    ) -> _Update:
+    def worker(self, cid: int, _device: str, payload: Tensor, _stop: threading.Event) -> _Update:
         settings, data, loss = self._run.client, self._problem.dataset, self._problem.loss
         model = self._models.get()
         deserialize_model(model, payload)
@@ -85,7 +84,7 @@ def main(path: str) -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     (run,) = load_experiment(Path(path)).runs.values()
-    seconds = train(run, simulation(run, Datasets()).problem)
+    seconds = train(run, simulation(run, Datasets()).problem.on(device()))
     print(json.dumps(seconds[1:]))  # the first warms up
 
 
