@@ -157,6 +157,13 @@ def test_float32_updates_that_are_equal_or_cancel():
     assert cancelling.mean_pairwise_cosine() == pytest.approx((6 - 9) / 15, abs=1e-6)
 
 
+def test_float32_updates_that_nearly_cancel():
+    """1 and -1 + 2^-20 leave 2^-20, exact in float32: Q / ||S||^2 is 2^41, less 1 in 2^20."""
+    sums = float32_sums(np.array([[1.0], [2.0**-20 - 1]]))
+    assert sums.gradient_diversity() == pytest.approx(2.0**41, rel=1e-5)
+    assert sums.clients == 2
+
+
 def test_a_modules_own_setting_does_not_take_digits_away():
     """On a processor that can, products of medium precision have 8 bits."""
     updates = np.random.default_rng(0).normal(size=(32, 100_000))
