@@ -105,23 +105,23 @@ def run(
 
     console = Console()
     loaded = _load(experiment, settings, preset)
+    folder = _results_folder(out, resume, loaded.name)
     if dry_run:
         os.environ["HF_HUB_OFFLINE"] = "1"  # what is not here yet is said, not fetched
         from experiments.dry_run import cost_table
         from experiments.resuming import check_folder
 
-        if out is not None:
-            check_folder(loaded, out, resume)
+        check_folder(loaded, folder, resume)
         console.print(cost_table(loaded))
         return
     progress = Progress(console, len(loaded.runs))
-    folder = _results_folder(out, resume, loaded.name)
     try:
         summary = run_experiment(loaded, folder, progress, resume, address)
     except KeyboardInterrupt as stopped:
-        if isinstance(stopped, StoppedError) and (folder / SUMMARY).exists():
-            _show(console, folder, read_summary(folder))
-        progress.note(f"stopped; --out {folder} --resume goes on, with the same file and --set")
+        if (folder / SUMMARY).exists():
+            progress.note(f"stopped; --out {folder} --resume goes on, with the same file and --set")
+            if isinstance(stopped, StoppedError):
+                _show(console, folder, read_summary(folder))
         raise
     _show(console, folder, summary)
     if any(row["status"] != DONE for row in summary["runs"]):

@@ -10,7 +10,7 @@ from experiments.studies import check_study
 from experiments.wiring import Datasets, check_methods, problem_of
 from fedinit import wording
 from fedinit.config import Run
-from fedinit.errors import RequestError
+from fedinit.errors import NotHereError, RequestError
 from fedinit.experiment_file import Experiment
 from fedinit.problem import Problem
 
@@ -20,10 +20,11 @@ def cost_table(experiment: Experiment) -> Group:
 
     Updates are rounds x cohort; examples are expected ones (updates x a client's mean examples x
     its expected local epochs); traffic is x down and up again for each update. A run whose data
-    are not here has no examples and traffic. What is not ready, data or weights, follows the table.
+    are not here has no examples and traffic. What is not ready, data or published weights, follows
+    the table.
 
     Raises:
-        RequestError: a request is wrong in anything but its data and weights.
+        RequestError: a request is wrong in anything but its data.
     """
     check_study(experiment.study)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, show_footer=True)
@@ -43,7 +44,7 @@ def cost_table(experiment: Experiment) -> Group:
             costs[2:] = _work(run, problem_of(run, datasets))
             try:
                 check(run, datasets)
-            except RequestError as error:
+            except NotHereError as error:
                 reasons.setdefault(str(error), label)
         rows.append((label, costs))
         totals = [total + (cost or 0) for total, cost in zip(totals, costs, strict=True)]

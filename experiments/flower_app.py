@@ -17,7 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from experiments.cli import find_experiment
 from experiments.running import execute
 from experiments.wiring import Datasets, Simulation, client_app, simulation
-from fedinit.errors import RequestError, named
+from fedinit.errors import RequestError, located
 from fedinit.experiment_file import Experiment, load_experiment
 from fedinit.registry import add_to_path
 from fedinit.results import RunFolder, summarize
@@ -42,7 +42,7 @@ def main(grid: Grid, context: Context) -> None:
     try:
         execute(prepared, observed, folder, lambda _line: None)  # Flower logs each round
     except Exception as error:
-        folder.fail(named(error))
+        folder.fail(located(error))
         raise
     finally:
         summarize(out, Experiment(name="run", folder=out, varied=[], runs={"run": prepared.run}))

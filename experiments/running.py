@@ -14,11 +14,11 @@ from experiments.resuming import Checkpoints, Position, as_begun, check_folder, 
 from experiments.stopping import Stop, StoppedError
 from experiments.wiring import Datasets, Simulation, simulation
 from fedinit.config import Run
-from fedinit.errors import RequestError, WriteError, located, named
+from fedinit.errors import RequestError, WriteError, located
 from fedinit.experiment_file import Experiment
 from fedinit.randomness import seed_others
 from fedinit.results import ENDED, SUMMARY, RunFolder, summarize
-from fedinit.simulation import ClientError, RayGrid, WorkerError, Workers
+from fedinit.simulation import RayGrid, Workers
 from strategies.continuing import Continued
 
 _NO_TIMEOUT = 1e8  # seconds; a slow round is no reason to drop its clients
@@ -130,8 +130,7 @@ def _carry_out(
     except DivergedError as error:
         progress.ended(label, folder.status, str(error))
     except Exception as error:  # the other runs go on
-        ours = isinstance(error, RequestError | ClientError | WorkerError)
-        folder.fail(named(error) if ours else located(error))
+        folder.fail(located(error))
         progress.ended(label, folder.status, folder.error or "")
 
 

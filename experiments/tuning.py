@@ -11,7 +11,6 @@ DIR/rates.yaml     the best rates of each arm that is done, as rules for an expe
 import itertools
 import logging
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,8 +32,8 @@ from experiments.recording import DivergedError
 from experiments.resuming import is_free, results_folder
 from experiments.running import train
 from experiments.wiring import Datasets, simulation
-from fedinit.config import Run, Strict, explain, get
-from fedinit.errors import RequestError, WriteError, named, one_line
+from fedinit.config import Run, Strict, explain
+from fedinit.errors import RequestError, WriteError, located, one_line
 from fedinit.experiment_file import Experiment, check_rules, matches, with_settings
 from fedinit.randomness import Draw, keyed, torch_seed
 from fedinit.results import to_json, write_atomically
@@ -193,10 +192,7 @@ def _arm(experiment: Experiment, label: str, settings: Tune) -> Arm:
     values = {key: found for key, found in values.items() if found is not None}
     if not values:
         raise RequestError(f"tune.search: no rule matches the run {label}")
-    match = {key: get(run, key) for key in experiment.varied}
-    if Path(start := str(match.get("initialization"))).suffix:  # as a file beside it would say it
-        match["initialization"] = os.path.relpath(start, experiment.folder)
-    return Arm(label, run, match, values)
+    return Arm(label, run, experiment.arm(run), values)
 
 
 def _check_folder(out: Path, request: str, resume: bool) -> None:
@@ -232,7 +228,7 @@ def _score(arm: Arm, workers: Workers, datasets: Datasets, trial: Trial) -> floa
         raise optuna.TrialPruned from None
     except Exception as error:
         if not isinstance(error, optuna.TrialPruned):
-            trial.set_user_attr(_FAILURE, named(error))
+            trial.set_user_attr(_FAILURE, located(error))
         raise
     return mean(losses[-_SCORED:])
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from datetime import date
-from itertools import chain
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -220,11 +219,9 @@ def dotted_keys() -> list[str]:
 
 def unknown_key(key: str, known: Iterable[str]) -> RequestError:
     """Build the error for a key that is not there: the nearest of all, and those of its section."""
-    by_section: dict[str, list[str]] = {}
-    for each in known:
-        by_section.setdefault(each.rpartition(".")[0], []).append(each)
-    beside = by_section.get(key.rpartition(".")[0]) or by_section.get("", [])
-    return unknown("key", key, chain(*by_section.values()), beside)
+    known, section = list(known), key.rpartition(".")[0]
+    beside = [each for each in known if each.rpartition(".")[0] == section]
+    return unknown("key", key, known, beside or [each for each in known if "." not in each])
 
 
 def explain(error: ValidationError, known: Iterable[str], section: str = "") -> RequestError:

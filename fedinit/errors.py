@@ -4,9 +4,15 @@ import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_OURS = ("fedinit", "clients", "strategies", "experiments")
+
 
 class RequestError(Exception):
     """Bad input: its text is one clear line; the command line ends with it and exit status 2."""
+
+
+class NotHereError(RequestError):
+    """What a request needs is not on this machine and cannot be had now; the text says where to."""
 
 
 class WriteError(Exception):
@@ -25,9 +31,15 @@ def named(error: BaseException) -> str:
 
 
 def located(error: BaseException) -> str:
-    """Return an error's type, text and the line of code that raised it, on one line."""
-    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    return one_line(f"{named(error)} ({frame.f_code.co_filename}:{line})")
+    """Return an error's type and text and, if the text is not ours, the line that raised it."""
+    frames = [*traceback.walk_tb(error.__traceback__)]
+    if not frames:
+        return named(error)
+    frame, line = frames[-1]
+    package = frame.f_globals.get("__name__", "").partition(".")[0]
+    if package in _OURS and isinstance(error, RequestError | RuntimeError):
+        return named(error)
+    return one_line(f"{type(error).__name__}: {error} ({frame.f_code.co_filename}:{line})")
 
 
 def unknown(

@@ -40,6 +40,13 @@ class Experiment(BaseModel):
     study: str | None = None
     tune: dict[str, Any] | None = None
 
+    def arm(self, run: Run) -> dict[str, Any]:
+        """Return what tells a run from others; weights beside the file as they are named there."""
+        varied = {key: get(run, key) for key in self.varied}
+        if "initialization" in varied:
+            varied["initialization"] = run.initialization.removeprefix(f"{self.folder}/")
+        return varied
+
 
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader, as YAML 1.2 has it: `1e-3` is a number, and no key is given twice."""
@@ -156,9 +163,7 @@ def load_experiment(
         rules = [rule for file in _files(raw) for rule in _rules_of(path.parent / file)]
         rules += check_rules("when", raw.pop("when", None) or [])
         beside = {key: raw.pop(key, None) for key in ("name", "study", "tune")}
-        for key in raw:
-            if key not in Run.model_fields:
-                raise unknown_key(key, [*dotted_keys(), *_BESIDE_A_RUN])
+        _check_keys(raw)
         name = path.stem if beside["name"] is None else beside["name"]
         if not isinstance(name, str) or _slug(name) != name or not name.strip("."):
             raise RequestError(f"name: letters, digits and . _ = , - only, got {name!r}")
@@ -214,6 +219,16 @@ def with_settings(run: Run, dotted: Mapping[str, Any]) -> Run:
     settings = run.model_dump(mode="json")
     _apply(settings, dotted)
     return make_run(settings)
+
+
+def _check_keys(settings: Mapping[str, Any]) -> None:
+    """Check the names at the top of a file, of which what is beside a run has been taken."""
+    for key in settings:
+        section, _, inner = key.partition(".")
+        if inner and key in dotted_keys():
+            raise RequestError(f"{key}: write it as `{section}: {{{inner}: ...}}`")
+        if key not in Run.model_fields:
+            raise unknown_key(key, {*dotted_keys(), *_BESIDE_A_RUN} - {key})
 
 
 def _lay_preset_over(raw: dict[str, Any], preset: str | None) -> dict[str, Any]:

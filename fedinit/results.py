@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from fedinit.checkpoints import DamagedError
-from fedinit.config import Run, get, make_run, to_yaml
+from fedinit.config import Run, make_run, to_yaml
 from fedinit.errors import RequestError, WriteError, one_line
 from fedinit.experiment_file import Experiment, read_settings
 from fedinit.wording import cell
@@ -338,11 +338,6 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def _given(value: Any, folder: Path) -> Any:
-    """Return a setting's value; a path beside the experiment file as it is given there."""
-    return value.removeprefix(f"{folder}/") if isinstance(value, str) else value
-
-
 def _summary_row(folder: Path, label: str, experiment: Experiment, run: Run) -> dict[str, Any]:
     at = RunFolder(folder / label)
     rounds = at.rounds
@@ -359,7 +354,7 @@ def _summary_row(folder: Path, label: str, experiment: Experiment, run: Run) -> 
     return {
         "run": label,
         "status": status,
-        **{key: _given(get(run, key), experiment.folder) for key in experiment.varied},
+        **experiment.arm(run),
         "rounds_done": rounds[-1]["round"] if rounds else 0,
         "initial_test_loss": rounds[0]["test_loss"] if rounds else None,
         "final_test_accuracy": last.get("test_accuracy"),

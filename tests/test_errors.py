@@ -175,18 +175,43 @@ def test_of_valid_keys_those_of_the_section_are_listed(refused):
     assert "server.lr" not in line
 
 
-def test_a_dry_run_says_what_is_not_ready(fedinit, experiment, tmp_path):
-    """It needs no --out; one that is given must be free."""
-    nowhere = experiment(RUN | {"initialization": "none.safetensors"})
-    result = fedinit("run", nowhere, "--dry-run")
+def test_keys_that_are_right_somewhere_else(refused):
+    assert "client.lr: write it as `client: {lr: ...}`" in refused(RUN | {"client.lr": 0.1})
+    line = refused(RUN | {"presets": {"small": {"presets": {}}}})
+    assert "unknown key 'presets'; " in line
+    assert "did you mean 'presets'" not in line
+
+
+def test_a_dry_run_fetches_no_weights_and_says_that_they_are_missing(
+    fedinit, experiment, tmp_path, monkeypatch
+):
+    def fetch(*_args):
+        raise AssertionError("a dry run fetches something")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    settings = {"model": "resnet18", "initialization": "pretrained"}
+    result = fedinit("run", experiment(RUN | FASHION | settings), "--dry-run")
     assert result.exit_code == 0, result.output
-    assert "not ready here: initialization: " in result.output
-    assert "none.safetensors: no such file" in result.output.replace("\n", "")
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "mine").touch()
-    result = fedinit("run", nowhere, "--dry-run", "--out", tmp_path / "taken")
-    assert result.exit_code == 2
-    assert "not empty" in result.stderr
+    told = " ".join(result.output.split())
+    assert "not ready here: initialization: cannot download https://" in told
+    assert "put that file at" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--set", "initialization=none.safetensors"], "none.safetensors: no such file"),
+        (["--set", "strategy=fedpot"], "unknown strategy 'fedpot'"),
+        (["--resume"], "--resume needs --out DIR"),
+        (["--out", "."], "--out .: not empty"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_refuses(arguments, told, fedinit, experiment):
+    result = fedinit("run", experiment(RUN), "--dry-run", *arguments)
+    assert result.exit_code == 2, result.output
+    [line] = result.stderr.splitlines()
+    assert told in line
 
 
 @pytest.mark.parametrize("command", ["run", "tune"])

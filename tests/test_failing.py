@@ -96,6 +96,7 @@ def test_a_round_without_survivors_ends_the_run(strategy, results):
     assert row["status"] == "failed"
     assert "round 1: no client survived" in row["error"]
     assert "ValueError: out of luck" in row["error"]
+    assert row["error"].count(".py:") == 1  # the client's line, and no line of ours
 
 
 def test_weights_that_are_not_finite_end_the_run_at_once(results):
@@ -122,7 +123,8 @@ def test_a_strategy_that_raises_is_named_with_its_line(results):
     assert row["status"] == "failed"
     lines = (out.parent / "plugged_in.py").read_text().splitlines()
     number = 1 + next(at for at, line in enumerate(lines) if "no second round" in line)
-    assert row["error"] == f"KeyError: 'no second round' ({out.parent}/plugged_in.py:{number})"
+    assert row["error"].startswith("KeyError: 'no second round' (")
+    assert row["error"].endswith(f"plugged_in.py:{number})")
     assert row["initial_test_loss"] is not None
     assert row["final_test_loss"] is None
 

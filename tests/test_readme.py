@@ -53,3 +53,4 @@ def test_the_commands_are_ours(fedinit):
     assert listed.exit_code == 0
     for name in ("fashion-mnist", "charrnn", "mimelite", "yogi", "dirichlet", "quickstart"):
         assert name in listed.output
+    assert "skewed" in listed.output  # which bench times

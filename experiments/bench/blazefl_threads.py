@@ -1,8 +1,9 @@
 """A run in BlazeFL, timed round by round; in a process of its own.
 
-Model, loss, data, cohorts and rates are the run's, and no other setting, as in the bare loop; the
-pool of threads, and how weights get into a model and out of it, are BlazeFL's. What a client and
-the server do it leaves to its user: here as in its own FedAvg, but that a thread keeps its model.
+Model, loss, data, cohorts and clients' rate are the run's, and no other setting, as in the bare
+loop; the pool of threads, and how weights get into a model and out of it, are BlazeFL's. What a
+client and the server do it leaves to its user: here as in its own FedAvg, but that a thread keeps
+its model.
 """
 
 import copy
@@ -47,18 +48,19 @@ class _Clients(ThreadPoolClientTrainer):
     def worker(self, cid: int, _device: str, payload: Tensor, _stop: threading.Event) -> _Update:
         settings, data, loss = self._run.client, self._problem.dataset, self._problem.loss
         model = self._models.get()
-        deserialize_model(model, payload)
-        optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr)
-        own = torch.from_numpy(data.owners.at(cid))
-        for _ in range(settings.epochs):
-            for rows in own[torch.randperm(len(own))].split(settings.batch_size):
-                inputs, targets = data.batch(rows.numpy())
-                optimizer.zero_grad()
-                loss(model(inputs), targets).mean().backward()
-                optimizer.step()
-        update = _Update(serialize_model(model), len(own))
-        self._models.put(model)
-        return update
+        try:
+            deserialize_model(model, payload)
+            optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr)
+            own = torch.from_numpy(data.owners.at(cid))
+            for _ in range(settings.epochs):
+                for rows in own[torch.randperm(len(own))].split(settings.batch_size):
+                    inputs, targets = data.batch(rows.numpy())
+                    optimizer.zero_grad()
+                    loss(model(inputs), targets).mean().backward()
+                    optimizer.step()
+            return _Update(serialize_model(model), len(own))
+        finally:
+            self._models.put(model)
 
 
 def train(run: Run, problem: Problem) -> list[float]:
