@@ -1,5 +1,7 @@
 """`fedinit run --dry-run`: the runs of an experiment and what they cost; nothing is run."""
 
+import logging
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
@@ -10,7 +12,7 @@ from experiments.studies import check_study
 from experiments.wiring import Datasets, check_methods, problem_of
 from fedinit import wording
 from fedinit.config import Run
-from fedinit.errors import NotHereError, RequestError
+from fedinit.errors import NotHereError
 from fedinit.experiment_file import Experiment
 from fedinit.problem import Problem
 
@@ -24,12 +26,12 @@ def cost_table(experiment: Experiment) -> Group:
     the table.
 
     Raises:
-        RequestError: a request is wrong in anything but its data.
+        RequestError: a request is wrong.
     """
+    logging.getLogger("flwr").setLevel(logging.ERROR)
     check_study(experiment.study)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, show_footer=True)
     table.add_column("run", f"{len(experiment.runs)} runs", overflow="fold")
-    totals = [0.0, 0.0, 0.0, 0.0]
     rows = []
     reasons: dict[str, str] = {}
     datasets = Datasets()
@@ -38,17 +40,15 @@ def cost_table(experiment: Experiment) -> Group:
         costs: list[float | None] = [run.rounds, run.rounds * run.cohort, None, None]
         try:
             datasets.load(run)
-        except RequestError as error:
-            reasons.setdefault(str(error), label)
-        else:
             costs[2:] = _work(run, problem_of(run, datasets))
-            try:
-                check(run, datasets)
-            except NotHereError as error:
-                reasons.setdefault(str(error), label)
+            check(run, datasets)
+        except NotHereError as error:
+            reasons.setdefault(str(error), label)
         rows.append((label, costs))
-        totals = [total + (cost or 0) for total, cost in zip(totals, costs, strict=True)]
-    for name, total in zip(("rounds", "client updates", "examples", "GB"), totals, strict=True):
+    columns = zip(*(costs for _, costs in rows), strict=True)
+    for name, column in zip(("rounds", "client updates", "examples", "GB"), columns, strict=True):
+        known = [cost for cost in column if cost is not None]
+        total = sum(known) if known else None
         table.add_column(name, _write(total), justify="right", no_wrap=True)
     for label, costs in rows:
         table.add_row(Text(label), *map(_write, costs))

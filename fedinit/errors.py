@@ -1,10 +1,12 @@
 """The one error for a request that cannot be carried out as written."""
 
+import sysconfig
 import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 _OURS = ("fedinit", "clients", "strategies", "experiments")
+_INSTALLED = ("<", *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")))
 
 
 class RequestError(Exception):
@@ -19,6 +21,9 @@ class WriteError(Exception):
     """A file cannot be written; its text names the file and the reason."""
 
 
+_SAYING = (RequestError, RuntimeError, ValueError, TypeError)  # what our own code raises
+
+
 def one_line(error: object) -> str:
     """Return an error's text on one line, without what would move a terminal's cursor."""
     text = " ".join(str(error).split())
@@ -31,15 +36,24 @@ def named(error: BaseException) -> str:
 
 
 def located(error: BaseException) -> str:
-    """Return an error's type and text and, if the text is not ours, the line that raised it."""
-    frames = [*traceback.walk_tb(error.__traceback__)]
-    if not frames:
-        return named(error)
-    frame, line = frames[-1]
-    package = frame.f_globals.get("__name__", "").partition(".")[0]
-    if package in _OURS and isinstance(error, RequestError | RuntimeError):
-        return named(error)
-    return one_line(f"{type(error).__name__}: {error} ({frame.f_code.co_filename}:{line})")
+    """Return an error's type and text and the line that raised it: the user's own, if there is one.
+
+    There is none where our own code says what is wrong.
+    """
+    lines = [
+        (frame.f_globals.get("__name__"), f"{frame.f_code.co_filename}:{line}")
+        for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
+    ours = [str(module).partition(".")[0] in _OURS for module, _ in lines]
+    users = [
+        place
+        for (_, place), is_ours in zip(lines, ours, strict=True)
+        if not is_ours and not place.startswith(_INSTALLED)
+    ]
+    if users or (lines and not (ours[-1] and isinstance(error, _SAYING))):
+        place = users[-1] if users else lines[-1][1]
+        return one_line(f"{type(error).__name__}: {error} ({place})")
+    return named(error)
 
 
 def unknown(

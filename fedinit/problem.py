@@ -103,5 +103,11 @@ def _freeze_body(model: nn.Module, name: str, head: str | None) -> None:
             f"trainable: '{name}' names no head; give its function an attribute `head`, the prefix "
             "of the head's parameters"
         )
+    prefix, names = f"{head}.", [each for each, _ in model.named_parameters()]
+    if not any(each.startswith(prefix) for each in names):
+        raise RequestError(
+            f"trainable: no parameter of '{name}' is in its head '{head}'; valid: "
+            f"{', '.join(dict.fromkeys(each.rpartition('.')[0] for each in names))}"
+        )
     for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter_name.startswith(head + "."))
+        parameter.requires_grad_(parameter_name.startswith(prefix))

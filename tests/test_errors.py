@@ -100,6 +100,18 @@ CASES = {
         {"dataset": "plugged_in:other_gaussians", "dataset_args": {"clients": 3}},
         ["unknown dataset_args key 'clients'", "valid: none"],
     ),
+    "a loss of scores": (
+        {"loss": "plugged_in:scores"},
+        ["plugged_in:scores", "the loss has shape (2, 3)", "one for each example"],
+    ),
+    "a head of nothing": (
+        {"model": "plugged_in:headless", "trainable": "head"},
+        ["trainable", "'plugged_in:headless'", "'nowhere'", "valid: 0"],
+    ),
+    "a column that is a list": (
+        {"dataset": "plugged_in:listed"},
+        ["dataset: targets is a list, expected a torch.Tensor"],
+    ),
     "a loss that is a mean": (
         {"loss": "torch.nn.functional:cross_entropy"},
         ["torch.nn.functional:cross_entropy", "one number", "each example (reduction='none')"],
@@ -203,6 +215,8 @@ def test_a_dry_run_fetches_no_weights_and_says_that_they_are_missing(
     [
         (["--set", "initialization=none.safetensors"], "none.safetensors: no such file"),
         (["--set", "strategy=fedpot"], "unknown strategy 'fedpot'"),
+        (["--set", "dataset=fashion-mnits"], "did you mean 'fashion-mnist'?"),
+        (["--set", "dataset_args={client: 3}"], "did you mean 'clients'?"),
         (["--resume"], "--resume needs --out DIR"),
         (["--out", "."], "--out .: not empty"),
     ],
@@ -242,6 +256,27 @@ def test_wrong_overrides(refused):
     assert "expected dotted.key=value" in refused(RUN, "--set", "client.lr")
     assert "mean 'client.lr'?" in refused(RUN, "--set", "client.lt=0.1")
     assert "not a YAML value" in refused(RUN, "--set", "client.lr=[1")
+
+
+def test_a_mistake_in_ones_own_code_is_told_with_its_line(fedinit, experiment, tmp_path):
+    """The last line that is one's own, though torch or Python raised further down."""
+    text = (
+        "import torch\n"
+        "from torch import nn\n"
+        "class Model(nn.Module):\n"
+        "    def __init__(self, num_classes):\n"
+        "        super().__init__()\n"
+        "        self.layer = nn.Linear(3, num_classes)\n"
+        "    def forward(self, x):\n"
+        "        return self.layer(x)\n"  # line 8: there are 8 inputs
+    )
+    (tmp_path / "own_model.py").write_text(text)
+    (tmp_path / "own_import.py").write_text("import json\n\nimport nowhere_at_all\n")
+    for model, line in (("own_model:Model", 8), ("own_import:Model", 3)):
+        result = fedinit("run", experiment(RUN | {"model": model}))
+        assert result.exit_code == 2
+        [told] = result.stderr.splitlines()
+        assert told.endswith(f"{model.partition(':')[0]}.py:{line})")
 
 
 def test_a_file_that_is_missing_or_not_yaml(fedinit, tmp_path):

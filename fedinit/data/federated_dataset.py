@@ -79,8 +79,8 @@ class FederatedDataset:
             heads fit only where this agrees. None: no other has them.
 
     Raises:
-        RequestError: rows and targets differ in number, a client has no row, or a row number is
-            out of range.
+        RequestError: a column is no tensor, rows and targets differ in number, a client has no row,
+            or a row number is out of range.
     """
 
     def __init__(
@@ -93,6 +93,12 @@ class FederatedDataset:
         num_classes: int | None = None,
         labels: str | None = None,
     ) -> None:
+        columns = inputs, targets, test_inputs, test_targets
+        for name, column in zip(_COLUMNS, columns, strict=True):
+            if not isinstance(column, Tensor):
+                raise RequestError(
+                    f"dataset: {name} is a {type(column).__name__}, expected a torch.Tensor"
+                )
         if len(inputs) != len(targets) or len(test_inputs) != len(test_targets):
             raise RequestError(
                 f"dataset: {len(inputs)} rows with {len(targets)} targets, "

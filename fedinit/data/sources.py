@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fedinit.errors import RequestError, named, one_line
+from fedinit.errors import NotHereError, RequestError, named, one_line
 
 
 def find(folder: str, *patterns: str) -> list[Path]:
@@ -53,14 +53,14 @@ def read_hub(
         part: one of the configurations that the repository has, if it has several.
 
     Raises:
-        RequestError: it cannot be had; the text says which files to put where instead.
+        NotHereError: it cannot be had; the text says which files to put where instead.
     """
     from datasets import load_dataset
 
     try:
         return load_dataset(repository, part, split=split).select_columns(list(columns)).data.table
     except Exception as error:  # the network, the hub, and what it holds
-        raise RequestError(
+        raise NotHereError(
             f"dataset: cannot fetch {repository} from the Hugging Face hub ({named(error)}); put "
             f"its parquet files ({split}-*.parquet) into a folder and name it with "
             "dataset_args.data_dir"
@@ -71,7 +71,7 @@ def download_lzma(url: str, name: str) -> Path:
     """Return the unpacked file of an address; it is fetched and unpacked once, with a progress bar.
 
     Raises:
-        RequestError: it cannot be had; the text says which file to put where instead.
+        NotHereError: it cannot be had; the text says which file to put where instead.
     """
     from datasets import DownloadManager
 
@@ -84,7 +84,7 @@ def download_lzma(url: str, name: str) -> Path:
                 shutil.copyfileobj(source, target)
             partial.replace(unpacked)
     except Exception as error:  # the network, the disk, and a damaged file
-        raise RequestError(
+        raise NotHereError(
             f"dataset: cannot fetch {url} ({named(error)}); put {name}, unpacked, into a folder "
             "and name it with dataset_args.data_dir"
         ) from None

@@ -16,7 +16,7 @@ from torch import from_numpy
 from fedinit.assets import asset
 from fedinit.data.clients import Choice, check_counts, held_out_clients
 from fedinit.data.federated_dataset import IGNORED, ClientRows, FederatedDataset
-from fedinit.errors import RequestError, named, one_line, unknown
+from fedinit.errors import NotHereError, RequestError, named, one_line, unknown
 
 UNKNOWN, START = 0, "<s>"  # of the character vocabulary
 SPECIAL = ("<unk>", "<s>", "</s>")  # the first words of a vocabulary
@@ -255,13 +255,13 @@ def load_tokenizer(name: str) -> Any:
     try:
         from transformers import AutoTokenizer
     except ImportError:
-        raise RequestError(
+        raise NotHereError(
             "dataset_args.tokens: subwords needs transformers: pip install 'fedinit[language]'"
         ) from None
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the network, the hub, and whatever a damaged file raises
-        raise RequestError(
+        raise NotHereError(
             f"dataset_args.tokenizer: cannot read '{name}' ({named(error)}); put the hub's "
             "tokenizer.json and tokenizer_config.json into a folder and name that"
         ) from None

@@ -55,12 +55,17 @@ def count_targets(targets: Tensor) -> int | Tensor:
 
 def _by_row(losses: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return each row's summed loss, and over how many targets it is summed; None: one each."""
-    if losses.ndim == 1:
+    if losses.ndim == 1 and len(losses) == len(targets):
         return losses, None
     if not losses.ndim:
         raise ValueError("the loss is one number, expected one for each example (reduction='none')")
-    if targets.is_floating_point() or losses.shape != targets.shape:
+    if targets.is_floating_point() and len(losses) == len(targets):
         return losses.flatten(1).mean(1), None
+    if losses.shape != targets.shape:
+        raise ValueError(
+            f"the loss has shape {tuple(losses.shape)}, expected one for each example, or for each "
+            f"of the targets {tuple(targets.shape)}"
+        )
     present = targets != IGNORED
     return (losses * present).flatten(1).sum(1), present.flatten(1).sum(1)
 
