@@ -35,7 +35,7 @@ def share(value: float) -> str:
 
 def points(value: float) -> str:
     """Write a difference of two shares in percentage points, signed: +5.4 points."""
-    return f"{100 * value:+.1f} points".replace("-", MINUS)
+    return f"{round(100 * value, 1) + 0.0:+.1f} points".replace("-", MINUS)  # there is no -0.0
 
 
 def number(value: float, sign: str = "") -> str:
