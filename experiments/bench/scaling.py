@@ -31,7 +31,7 @@ def over_cohorts(run: Run, import_path: list[str], note: Callable[[str], None]) 
     ) as drawn:
         time, memory = drawn.panels(2, sharex=True)
         for ax, place, label in ((time, 1, "ms for an update"), (memory, 2, "peak memory, GiB")):
-            ax.plot([row[0] for row in rows], [row[place] for row in rows], marker="o")
+            ax.plot([row[0] for row in rows], [row[place] for row in rows], "o-", clip_on=False)
             ax.set_ylim(bottom=0)
             ax.set_ylabel(label)
         memory.set_xscale("log")
@@ -59,7 +59,7 @@ def over_workers(run: Run, import_path: list[str], note: Callable[[str], None]) 
         (ax,) = drawn.panels(1)
         for colour, name in zip(colours(2), (RAY_GRID, TUNED), strict=True):
             points = [(number, rate) for number, each, rate in rows if each == name]
-            ax.plot(*zip(*points, strict=True), marker="o", color=colour, label=name)
+            ax.plot(*zip(*points, strict=True), "o-", color=colour, label=name, clip_on=False)
         ax.set_ylim(bottom=0)
         ax.set_xticks(sorted({number for number, _, _ in rows}))
         ax.set_xlabel("workers")
