@@ -19,6 +19,7 @@ from fedinit.partial_sums import inner_product
 from fedinit.randomness import Draw, keyed
 from fedinit.simulation import ClientError, RayGrid
 from fedinit.simulation.observed_grid import ObservedGrid
+from strategies.continuing import Continued
 
 MeasuringGrid = RayGrid | ObservedGrid  # a Flower grid that sums over the updates it carries
 _TEST_PARTS = 8  # that the test set is evaluated in: enough to keep the workers busy
@@ -40,6 +41,7 @@ class Recorder:
     Args:
         prepared: the run.
         grid: the grid that it runs on.
+        strategy: its strategy, as it is started.
         record: called with each round's line and x.
         previous: the aggregate of the round before the first one here.
 
@@ -51,11 +53,13 @@ class Recorder:
         self,
         prepared: Simulation,
         grid: MeasuringGrid,
+        strategy: Continued,
         record: Callable[[dict[str, Any], ArrayRecord], None],
         previous: torch.Tensor | None = None,
     ) -> None:
         self._prepared = prepared
         self._grid = grid
+        self._strategy = strategy
         self._record = record
         self._parts = min(_TEST_PARTS, prepared.problem.dataset.test_size)
         self._sequences = prepared.problem.dataset.has_sequences
@@ -80,6 +84,7 @@ class Recorder:
             "round": server_round,
             **(self._training(sums) if sums is not None else {}),
             **(_failed(failures) if sums is not None and run.on_client_error == "skip" else {}),
+            **self._strategys_own(sums),
             "test_loss": tested.get("loss"),
             "test_accuracy": tested.get("accuracy"),
             **({"test_perplexity": _perplexity(tested)} if self._sequences else {}),
@@ -115,6 +120,17 @@ class Recorder:
             "gradient_diversity": sums.gradient_diversity(),
             "mean_pairwise_cosine": sums.mean_pairwise_cosine(),
             "cosine_with_previous": _cosine(previous, self.previous, sums.update_norm()),
+        }
+
+    def _strategys_own(self, sums: CohortSums | None) -> dict[str, Any]:
+        """What the strategy made of the replies, but for the means of clients' training metrics."""
+        known = {} if sums is None else sums.mean_metrics()
+        trained = self._strategy.trained
+        own = {name: value for name, value in trained.items() if name not in known}
+        evaluated = self._strategy.evaluated
+        return {
+            **({"strategy": own} if own else {}),
+            **({"client_evaluation": evaluated} if evaluated else {}),
         }
 
 

@@ -19,7 +19,7 @@ from fedinit.experiment_file import Experiment
 from fedinit.randomness import seed_others
 from fedinit.results import ENDED, SUMMARY, RunFolder, summarize
 from fedinit.simulation import RayGrid, Workers
-from strategies.continuing import Continued
+from strategies.continuing import Continued, has_own_start
 
 _NO_TIMEOUT = 1e8  # seconds; a slow round is no reason to drop its clients
 
@@ -224,7 +224,8 @@ def train(
         DivergedError: a loss or a weight is not finite.
     """
     run, at = prepared.run, begun or Position(0, prepared.arrays)
-    recorder = Recorder(prepared, grid, record, at.previous)
+    continued = Continued(prepared.strategy, at.server_round)
+    recorder = Recorder(prepared, grid, continued, record, at.previous)
 
     def recorded(rounds: int, arrays: ArrayRecord) -> MetricRecord | None:
         if begun and not rounds:
@@ -236,7 +237,7 @@ def train(
         return tested
 
     seed_others(run.seed, at.server_round + 1)
-    strategy = Continued(prepared.strategy, at.server_round) if begun else prepared.strategy
+    strategy = prepared.strategy if has_own_start(prepared.strategy) else continued
     result = strategy.start(
         grid,
         at.arrays,

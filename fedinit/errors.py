@@ -40,20 +40,15 @@ def located(error: BaseException) -> str:
 
     There is none where our own code says what is wrong.
     """
-    lines = [
-        (frame.f_globals.get("__name__"), f"{frame.f_code.co_filename}:{line}")
-        for frame, line in traceback.walk_tb(error.__traceback__)
-    ]
-    ours = [str(module).partition(".")[0] in _OURS for module, _ in lines]
-    users = [
-        place
-        for (_, place), is_ours in zip(lines, ours, strict=True)
-        if not is_ours and not place.startswith(_INSTALLED)
-    ]
-    if users or (lines and not (ours[-1] and isinstance(error, _SAYING))):
-        place = users[-1] if users else lines[-1][1]
-        return one_line(f"{type(error).__name__}: {error} ({place})")
-    return named(error)
+    own = last = ""
+    ours = False
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        last = f"{frame.f_code.co_filename}:{line}"
+        ours = str(frame.f_globals.get("__name__")).partition(".")[0] in _OURS
+        if not ours and not last.startswith(_INSTALLED):
+            own = last
+    place = own or ("" if ours and isinstance(error, _SAYING) else last)
+    return one_line(f"{type(error).__name__}: {error} ({place})") if place else named(error)
 
 
 def unknown(
@@ -68,7 +63,11 @@ def unknown(
         listed: those of them to list; default: all.
     """
     valid = sorted(choices)
-    nearest = get_close_matches(str(name), valid, n=1)
-    hint = f"; did you mean '{nearest[0]}'?" if nearest else ";"
     shown = ", ".join(sorted(listed) or valid) or "none"
-    return RequestError(f"unknown {kind} '{name}'{hint} valid: {shown}")
+    return RequestError(f"unknown {kind} '{name}'{suggestion(name, valid) or ';'} valid: {shown}")
+
+
+def suggestion(name: object, choices: Iterable[str]) -> str:
+    """Return a question after the nearest of `choices`, to end a message with; empty if none is."""
+    nearest = get_close_matches(str(name), choices, n=1)
+    return f"; did you mean '{nearest[0]}'?" if nearest else ""

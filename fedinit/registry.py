@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from fedinit.errors import RequestError, located, unknown
+from fedinit.errors import RequestError, located, suggestion, unknown
 
 
 def resolve(kind: str, name: str, known: Mapping[str, Any]) -> Any:
@@ -25,7 +25,8 @@ def resolve(kind: str, name: str, known: Mapping[str, Any]) -> Any:
         for part in attribute.split("."):
             value = getattr(value, part)
     except Exception as error:  # whatever the user's module raises while it is imported
-        raise RequestError(f"{kind}: cannot import '{name}': {located(error)}") from None
+        near = suggestion(error.name, dir(error.obj)) if isinstance(error, AttributeError) else ""
+        raise RequestError(f"{kind}: cannot import '{name}': {located(error)}{near}") from None
     return value
 
 

@@ -1,4 +1,4 @@
-"""A strategy that goes on in mid-run: its rounds counted on, and its state saved and set back."""
+"""A strategy in mid-run: what it says of a round, its rounds counted on, its state saved."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -25,11 +25,16 @@ class Continued(Strategy):
     Args:
         strategy: it must not have a `start` of its own.
         done: number of rounds that are done.
+
+    Attributes:
+        trained, evaluated: the metrics that it made of the last replies to either.
     """
 
     def __init__(self, strategy: Strategy, done: int) -> None:
         self._strategy = strategy
         self._done = done
+        self.trained: dict[str, Any] = {}
+        self.evaluated: dict[str, Any] = {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -41,7 +46,9 @@ class Continued(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """See `Strategy.aggregate_train`."""
-        return self._strategy.aggregate_train(self._done + server_round, replies)
+        arrays, metrics = self._strategy.aggregate_train(self._done + server_round, replies)
+        self.trained = dict(metrics or {})
+        return arrays, metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -53,11 +60,18 @@ class Continued(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """See `Strategy.aggregate_evaluate`."""
-        return self._strategy.aggregate_evaluate(self._done + server_round, replies)
+        metrics = self._strategy.aggregate_evaluate(self._done + server_round, replies)
+        self.evaluated = dict(metrics or {})
+        return metrics
 
     def summary(self) -> None:
         """See `Strategy.summary`."""
         self._strategy.summary()
+
+
+def has_own_start(strategy: Strategy) -> bool:
+    """Whether a strategy goes through its rounds in a way of its own: nobody can step in."""
+    return type(strategy).start is not Strategy.start
 
 
 def state_of(strategy: Strategy) -> Any:
@@ -70,7 +84,7 @@ def state_of(strategy: Strategy) -> Any:
     Raises:
         UnsavableError: it has a `start` of its own, whose place in mid-run nobody knows.
     """
-    if type(strategy).start is not Strategy.start:
+    if has_own_start(strategy):
         raise UnsavableError(f"{type(strategy).__name__} has a `start` of its own")
     if hasattr(strategy, "state_dict") and hasattr(strategy, "load_state_dict"):
         return strategy.state_dict()

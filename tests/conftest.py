@@ -47,7 +47,8 @@ def experiment(tmp_path: Path) -> Callable[[dict], Path]:
     """Write an experiment file with the tests' own problems beside it."""
 
     def write(settings: dict) -> Path:
-        shutil.copy(HERE / "plugged_in.py", tmp_path)
+        for own in HERE.glob("plugged_in*.py"):
+            shutil.copy(own, tmp_path)
         path = tmp_path / "experiment.yaml"
         path.write_text(yaml.safe_dump(settings, sort_keys=False))
         return path

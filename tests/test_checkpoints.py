@@ -142,9 +142,12 @@ STATES = {
         "strategy": f"{FLOWERS}:FedAvgM",
         "strategy_args": {"server_momentum": 0.9},
     },
-    "a user's, that says itself": {"strategy": "plugged_in:Remembering"},
-    "a user's, in Flower's config": {"strategy": "plugged_in:Decaying", "reduce": "worker"},
-    "a user's, in an attribute": {"strategy": "plugged_in:HalfStep"},
+    "a user's, that says itself": {"strategy": "plugged_in_strategies:Remembering"},
+    "a user's, in Flower's config": {
+        "strategy": "plugged_in_strategies:Decaying",
+        "reduce": "worker",
+    },
+    "a user's, in an attribute": {"strategy": "plugged_in_strategies:HalfStep"},
 }
 
 
@@ -200,7 +203,7 @@ def test_clients_keep_their_states(carry_out, tmp_path, monkeypatch):
 
 
 def test_a_strategy_with_its_own_start_begins_again_and_says_so(carry_out, tmp_path, monkeypatch):
-    run = RUN | {"strategy": "plugged_in:OwnStart"}
+    run = RUN | {"strategy": "plugged_in_strategies:OwnStart"}
     assert "has a `start` of its own" in carry_out(run, tmp_path / "whole")
     with monkeypatch.context() as patch:
         stop_after(patch, 3)

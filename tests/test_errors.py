@@ -92,6 +92,7 @@ CASES = {
     "stragglers reversed": ({"stragglers": {"epochs": [5, 1]}}, ["stragglers.epochs", "[5, 1]"]),
     "no such module": ({"model": "nowhere:Model"}, ["model", "nowhere", "ModuleNotFoundError"]),
     "no such attribute": ({"model": "plugged_in:Nothing"}, ["model", "Nothing", "AttributeError"]),
+    "an attribute misspelt": ({"model": "plugged_in:Pont"}, ["Pont", "did you mean 'Point'?"]),
     "unknown argument": (
         {"dataset_args": {"client": 3}},
         ["dataset_args", "'client'", "mean 'clients'?"],

@@ -41,7 +41,8 @@ FLOWERS = "flwr.serverapp.strategy:FedAvg"
 def results(ray_started, tmp_path_factory):
     """The folder of one sweep with every way to fail, and what was said."""
     folder = tmp_path_factory.mktemp("failing")
-    shutil.copy(Path(__file__).parent / "plugged_in.py", folder)
+    for own in Path(__file__).parent.glob("plugged_in*.py"):
+        shutil.copy(own, folder)
     skip = {"on_client_error": ["skip"], "rounds": [1]}
     file = folder / "failing.yaml"
     grid = [
@@ -52,7 +53,11 @@ def results(ray_started, tmp_path_factory):
         {"model": ["plugged_in:Point"], "model_args": [{}], "server.lr": [1.7e308]},
         {"model": ["plugged_in:Point"], "model_args": [{}], "client.lr": [5e152]},
         {"model": ["plugged_in:Point"], "model_args": [{}], "server.lr": [1.0]},
-        {"model": ["plugged_in:Point"], "model_args": [{}], "strategy": ["plugged_in:Raising"]},
+        {
+            "model": ["plugged_in:Point"],
+            "model_args": [{}],
+            "strategy": ["plugged_in_strategies:Raising"],
+        },
     ]
     file.write_text(yaml.safe_dump(POINTS | {"grid": grid}))
     result = CliRunner().invoke(app, ["run", str(file), "--out", str(folder / "out")])
@@ -119,12 +124,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(results):
 def test_a_strategy_that_raises_is_named_with_its_line(results):
     """It ends in round 2: what was tested before is no final result."""
     out, _ = results
-    (row,) = of(out, strategy="plugged_in:Raising")
+    (row,) = of(out, strategy="plugged_in_strategies:Raising")
     assert row["status"] == "failed"
-    lines = (out.parent / "plugged_in.py").read_text().splitlines()
+    lines = (out.parent / "plugged_in_strategies.py").read_text().splitlines()
     number = 1 + next(at for at, line in enumerate(lines) if "no second round" in line)
     assert row["error"].startswith("KeyError: 'no second round' (")
-    assert row["error"].endswith(f"plugged_in.py:{number})")
+    assert row["error"].endswith(f"plugged_in_strategies.py:{number})")
     assert row["initial_test_loss"] is not None
     assert row["final_test_loss"] is None
 

@@ -96,10 +96,16 @@ def test_flowers_own_strategies_and_a_users(finals):
         *(f"flwr.serverapp.strategy:{name}" for name in ("FedAvg", "FedMedian", "Krum")),
     ]
     full = GAUSSIANS | {"cohort": 6, "server": {"lr": 1.0}}
-    runs = finals(full | {"grid": {"strategy": [*names, "plugged_in:HalfStep"]}, "rounds": 1})
+    runs = finals(
+        full | {"grid": {"strategy": [*names, "plugged_in_strategies:HalfStep"]}, "rounds": 1}
+    )
     ours, average, median, krum, half = (
         runs[f"strategy={name}"]
-        for name in ("fedopt", *(n.replace(":", "_") for n in names[1:]), "plugged_in_HalfStep")
+        for name in (
+            "fedopt",
+            *(n.replace(":", "_") for n in names[1:]),
+            "plugged_in_strategies_HalfStep",
+        )
     )
     assert difference(ours, average) < 1e-6
     for other in (median, krum, half):
@@ -123,6 +129,37 @@ def test_the_cohort_of_flowers_strategies_is_the_runs(finals):
         GAUSSIANS | {"strategy": "flwr.serverapp.strategy:FedAvg", "cohort": 3}
     ).values()
     assert [line.get("cohort_size") for line in numbers(run)] == [None, 3, 3, 3, 3]
+
+
+def test_what_a_strategy_says_of_a_round_is_recorded(finals):
+    """What it adds to its clients' means; and its clients' evaluation, at the round's x.
+
+    Clients of 1 and 3 rows, losses x^2 / 2 and 3 (x - 2)^2 / 2, one step each at rate 0.1: from 0
+    to 0 and 0.6, so to x = 0.45; from there to 0.405 and 0.915, so to x = 0.7875.
+    """
+    (run,) = finals(
+        {
+            "dataset": "plugged_in:quadratics",
+            "dataset_args": {"curvature": [[1], [3]], "optimum": [[0], [2]], "examples": [1, 3]},
+            "model": "plugged_in:Point",
+            "model_args": {"size": 1},
+            "loss": "plugged_in:half_squared_error",
+            "client": {"lr": 0.1, "batch_size": 4},
+            "strategy": "plugged_in_strategies:Telling",
+            "strategy_args": {"fraction_evaluate": 1.0},
+            "cohort": 2,
+            "rounds": 2,
+        }
+    ).values()
+    start, *lines = numbers(run)
+    assert not {"strategy", "client_evaluation"} & set(start)
+    assert [line["strategy"] for line in lines] == [
+        {"square": 1, "sides": [1, 2]},
+        {"square": 4, "sides": [1, 2]},
+    ]
+    for line, x in zip(lines, (0.45, 0.7875), strict=True):
+        loss = (x**2 / 2 + 3 * 3 * (x - 2) ** 2 / 2) / 4
+        assert line["client_evaluation"] == pytest.approx({"loss": loss})
 
 
 def test_a_server_optimizer_never_touches_buffers(finals):
