@@ -73,9 +73,10 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
         dealt = groups(run, problem.dataset.owners.sizes, server_round, clients)
         # Made one by one, between trainings that fill the caches, they take five times as long.
         ahead.clear()
-        for group in dealt:
-            if len(group) == 1:
-                ahead[server_round, group[0]] = LocalDraws.of(run, server_round, group[0])
+        for first, *others in dealt:
+            if not others:
+                rows = problem.dataset.owners.at(first)
+                ahead[server_round, first] = LocalDraws.of(run, server_round, first, rows)
         return dealt
 
     def train_group(content: RecordDict, clients: Sequence[int]) -> list[Trained]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import flwr.app
@@ -96,24 +97,29 @@ class Workspace:
 
 
 class LocalDraws(NamedTuple):
-    """What a client draws from in a round: its shuffles' generator, and a seed for dropout's."""
+    """A client's rows, and what it draws in a round: a function of the seed, round and client.
 
-    rng: np.random.Generator
+    Attributes:
+        rows: in their own order.
+        torch_seed: for what its model draws, as dropout does.
+        orders: the rows in the order of each local epoch, of which the first is drawn ahead.
+    """
+
+    rows: np.ndarray
     torch_seed: int
+    orders: Iterator[np.ndarray]
 
     @classmethod
-    def of(cls, run: Run, server_round: int, client: int) -> "LocalDraws":
-        """Return a client's draws, a function of the run's seed, the round and the client."""
+    def of(cls, run: Run, server_round: int, client: int, rows: np.ndarray) -> "LocalDraws":
+        """Return the draws of a client with these rows."""
         rng = keyed(Draw.LOCAL_TRAINING, run.seed, server_round, client)
-        return cls(rng, torch_seed(rng))
+        seed = torch_seed(rng)
 
+        def order() -> np.ndarray:
+            return rng.permutation(rows) if run.client.shuffle else rows
 
-def local_orders(
-    run: Run, server_round: int, client: int, rows: np.ndarray, rng: np.random.Generator
-) -> Iterator[np.ndarray]:
-    """Yield a client's rows in the order of each of its local epochs."""
-    for _ in range(local_epochs(run, server_round, client)):
-        yield rng.permutation(rows) if run.client.shuffle else rows
+        later = range(local_epochs(run, server_round, client) - 1)
+        return cls(rows, seed, chain([order()], (order() for _ in later)))
 
 
 @dataclass
@@ -126,41 +132,33 @@ class LocalTraining:
     Attributes:
         workspace: the model, loaded with x.
         run: the run's settings.
-        server_round: the round, from 1.
-        client: the client's position in the sorted ids.
-        draws: the client's own, in that round.
+        draws: the client's rows and draws, in that round.
         steps: number of local steps done, in a list of one client.
         examples_seen, targets_seen, loss_sum, correct: sums over every example visited, for the
-            train metrics; those from the device are read once, when it is done.
+            train metrics; those on a GPU are read once, when it is done.
     """
 
     workspace: Workspace
     run: Run
-    server_round: int
-    client: int
     draws: LocalDraws
     steps: list[int] = field(default_factory=lambda: [0])
     examples_seen: int = 0
     targets_seen: int | Tensor = 0
     loss_sum: float | Tensor = 0.0
-    correct: int | Tensor | None = 0
-    rows: np.ndarray = field(init=False)
+    correct: float | Tensor | None = 0
 
     def __post_init__(self) -> None:
-        problem = self.workspace.problem
-        self.rows = problem.dataset.owners.at(self.client)
+        model = self.workspace.problem.model
         seed_torch(self.draws.torch_seed)
-        if not problem.model.training:
-            problem.model.train()
+        if not model.training:
+            model.train()
 
     def descend(self, step: Callable[[], None]) -> None:
         """Compute the gradients of each batch, bound their norm, and call `step`.
 
         The last batch of an epoch may be small.
         """
-        for order in local_orders(
-            self.run, self.server_round, self.client, self.rows, self.draws.rng
-        ):
+        for order in self.draws.orders:
             for rows in self._batches(order):
                 self._clear_gradients()
                 self._losses(rows).mean().backward()
@@ -181,9 +179,9 @@ class LocalTraining:
         gpus = [device()] if device().type == "cuda" else []
         fixed = {} if count else {name: v.clone() for name, v in self.workspace.fixed.items()}
         with nullcontext() if count else torch.random.fork_rng(devices=gpus):
-            for rows in self._batches(self.rows):
+            for rows in self._batches(self.draws.rows):
                 losses = self._losses(rows, count)
-                (losses.sum() / len(self.rows)).backward()
+                (losses.sum() / len(self.draws.rows)).backward()
         for name, value in fixed.items():
             self.workspace.fixed[name].copy_(value)
         self._bound_gradients()
@@ -206,7 +204,7 @@ class LocalTraining:
         means = {"train-loss": float(self.loss_sum) / self.examples_seen}
         if self.correct is not None:
             means["train-accuracy"] = float(self.correct) / float(self.targets_seen)
-        return [{"num-examples": len(self.rows), **means}]
+        return [{"num-examples": len(self.draws.rows), **means}]
 
     def _batches(self, order: np.ndarray) -> Sequence[Tensor]:
         return torch.from_numpy(order).to(device()).split(self.run.client.batch_size)
@@ -229,9 +227,14 @@ class LocalTraining:
         if count:
             self.examples_seen += len(rows)
             self.targets_seen += count_targets(targets)
-            self.loss_sum += losses.detach().sum(dtype=torch.float64)
+            self.loss_sum += _read(losses.detach().sum(dtype=torch.float64))
             correct = correct_predictions(outputs, targets)
             self.correct = (
-                None if correct is None or self.correct is None else self.correct + correct
+                None if correct is None or self.correct is None else self.correct + _read(correct)
             )
         return losses
+
+
+def _read(number: Tensor) -> float | Tensor:
+    """Return the number that a CPU's tensor is, which adds up faster; a GPU's is not waited for."""
+    return number.item() if number.is_cpu else number

@@ -16,7 +16,6 @@ from clients.local_training import (
     LocalDraws,
     LocalTraining,
     Workspace,
-    local_orders,
     local_steps,
 )
 from fedinit.config import Run
@@ -64,8 +63,9 @@ def make_training(
         draws: a single client's, where they were made ahead.
     """
     if len(group) == 1:
-        draws = draws or LocalDraws.of(run, server_round, group[0])
-        return LocalTraining(workspace, run, server_round, group[0], draws)
+        owners = workspace.problem.dataset.owners
+        draws = draws or LocalDraws.of(run, server_round, group[0], owners.at(group[0]))
+        return LocalTraining(workspace, run, draws)
     return GroupTraining(workspace, run, server_round, group)
 
 
@@ -265,8 +265,7 @@ class GroupTraining:
         return losses
 
     def _orders(self, client: int, rows: np.ndarray) -> list[np.ndarray]:
-        draws = LocalDraws.of(self.run, self._server_round, client)
-        return list(local_orders(self.run, self._server_round, client, rows, draws.rng))
+        return list(LocalDraws.of(self.run, self._server_round, client, rows).orders)
 
 
 def losses_as_one(
