@@ -53,7 +53,7 @@ def cost_table(experiment: Experiment) -> Group:
     for label, costs in rows:
         table.add_row(Text(label), *map(_write, costs))
     notes = [Text(f"not ready here: {reason} (first: {run})") for reason, run in reasons.items()]
-    return Group(table, *notes)
+    return Group(table, *notes, *map(Text, experiment.notes))
 
 
 def _work(run: Run, problem: Problem) -> list[float]:

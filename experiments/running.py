@@ -60,7 +60,8 @@ def run_experiment(
             raise RequestError(
                 f"{error} (run {label})" if experiment.varied else str(error)
             ) from None
-
+    for text in experiment.notes:
+        progress.note(text)
     train_missing(experiment.runs.values(), datasets, progress)
     with results_folder(out):
         check_folder(experiment, out, resume)  # again: now nobody else writes to it

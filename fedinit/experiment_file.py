@@ -29,7 +29,11 @@ _MOST_VALUES = 1_000_000  # in a file
 
 
 class Experiment(BaseModel):
-    """The runs that one file asks for, and the settings in which they differ."""
+    """The runs that one file asks for, and the settings in which they differ.
+
+    Attributes:
+        notes: what may be a mistake: rules of its own `when` that match no run.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -39,6 +43,7 @@ class Experiment(BaseModel):
     runs: dict[str, Run]
     study: str | None = None
     tune: dict[str, Any] | None = None
+    notes: list[str] = []
 
     def arm(self, run: Run) -> dict[str, Any]:
         """Return what tells a run from others; weights beside the file as they are named there."""
@@ -160,8 +165,8 @@ def load_experiment(
                 grids = _grids([grid | {key[5:]: value} for grid in grids])
             else:
                 fixed[key] = value
-        rules = [rule for file in _files(raw) for rule in _rules_of(path.parent / file)]
-        rules += check_rules("when", raw.pop("when", None) or [])
+        shared = [rule for file in _files(raw) for rule in _rules_of(path.parent / file)]
+        own = check_rules("when", raw.pop("when", None) or [])
         beside = {key: raw.pop(key, None) for key in ("name", "study", "tune")}
         _check_keys(raw)
         name = path.stem if beside["name"] is None else beside["name"]
@@ -173,7 +178,7 @@ def load_experiment(
         if tune is not None and not _is_settings(tune):
             raise RequestError(f"tune: expected a dict of keys and values, got {tune!r}")
         folder = path.resolve().parent
-        runs = _spell_out(name, folder, raw, grids, rules, fixed)
+        runs, used = _spell_out(name, folder, raw, grids, [*shared, *own], fixed)
     except RequestError as error:
         raise RequestError(f"{path}: {error}") from None
     varied = dict.fromkeys(key for grid in grids for key in grid if key not in fixed)
@@ -184,6 +189,11 @@ def load_experiment(
         runs=runs,
         study=study,
         tune=tune,
+        notes=[
+            one_line(f"when: {rule['match']} matches no run")
+            for at, rule in enumerate(own, len(shared))
+            if at not in used
+        ],
     )
 
 
@@ -296,8 +306,10 @@ def _spell_out(
     grids: list[dict[str, list[Any]]],
     rules: list[dict[str, Any]],
     fixed: dict[str, Any],
-) -> dict[str, Run]:
+) -> tuple[dict[str, Run], set[int]]:
+    """Return the runs by label, and the places of the rules that matched one."""
     runs: dict[str, Run] = {}
+    used: set[int] = set()
     for grid in grids:
         labels = set()
         axes = {key: values for key, values in grid.items() if key not in fixed}
@@ -307,8 +319,9 @@ def _spell_out(
             _apply(settings, arm | fixed)
             run = make_run(settings)
             chosen = {key: get(run, key) for key in arm}
-            for rule in rules:
+            for at, rule in enumerate(rules):
                 if matches(run, rule):
+                    used.add(at)
                     _apply(settings, rule["set"] | fixed)
                     run = make_run(settings)
             label = _label(arm) or name
@@ -322,7 +335,7 @@ def _spell_out(
             if label in labels or runs.setdefault(label, run) != run:
                 raise RequestError(f"grid: two runs are both {label}")
             labels.add(label)
-    return runs
+    return runs, used
 
 
 def _label(arm: Mapping[str, Any]) -> str:

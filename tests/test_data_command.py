@@ -177,6 +177,16 @@ def test_data_without_clients_are_dealt_by_labels_unless_said(fedinit, tmp_path)
     assert len({row["client"] for row in rows(tmp_path / "b" / "labels.csv")}) == 7
 
 
+def test_the_folder_of_a_data_set_of_ones_own_has_no_colon(
+    fedinit, experiment, tmp_path, monkeypatch
+):
+    file = experiment({"dataset": "plugged_in:gaussians", "model": "plugged_in:Point"})
+    monkeypatch.chdir(file.parent)
+    assert fedinit("data", "plugged_in:gaussians").exit_code == 0
+    (folder,) = (tmp_path / "results").iterdir()
+    assert folder.name.startswith("data-plugged_in-gaussians-")
+
+
 def test_tokens_are_counted_without_padding(fedinit, experiment, tmp_path):
     file = experiment({"dataset": "plugged_in:two_tokens", "model": "plugged_in:Unigram"})
     result = fedinit("data", file, "--out", tmp_path / "out")

@@ -199,3 +199,18 @@ def test_mutations_are_listed_or_end_in_one_line(text, folder):
 @example(text="a: &x {b: 1}\n" + "".join(f"c{n}: *x\n" for n in range(9)))
 def test_garbled_text_ends_in_one_line(text, folder):
     assert judge(folder, text).startswith("fedinit: ")
+
+
+def test_a_rule_of_ones_own_that_matches_no_run_is_told(folder):
+    """It may be a misspelt value; one that sets what it matched has matched."""
+    rules = [
+        {"match": {"server.optimizer": "adm"}, "set": {"server.lr": 0.1}},
+        {"match": {"client.lr": 0.1}, "set": {"client.lr": 0.2}},
+    ]
+    file = folder / "rules.yaml"
+    file.write_text(yaml.safe_dump(VALID | {"when": rules, "stragglers": {}, "study": None}))
+    for last in (["--dry-run"], ["--out", str(folder / "rules")]):
+        result = CliRunner().invoke(app, ["run", str(file), *last])
+        assert result.exit_code == 0, result.output
+        (told,) = [line for line in result.stdout.splitlines() if "matches no run" in line]
+        assert told == "when: {'server.optimizer': 'adm'} matches no run"
