@@ -102,7 +102,7 @@ class LocalDraws(NamedTuple):
     Attributes:
         rows: in their own order.
         torch_seed: for what its model draws, as dropout does.
-        orders: the rows in the order of each local epoch, of which the first is drawn ahead.
+        orders: the rows in the order of each local epoch, once; the first of them is drawn ahead.
     """
 
     rows: np.ndarray

@@ -200,7 +200,9 @@ def data(
         runs = data_summary.different(_load(name, settings, None))
     else:
         raise unknown("data set or experiment", name, [*DATASETS, *our_experiments(), "FILE.yaml"])
-    folder = out or _new_folder(f"data-{Path(name).stem}".replace(":", "-"))
+    folder = out or _new_folder(
+        "data-" + (name.replace(":", "-") if ":" in name else Path(name).stem)
+    )
     ready, missing = {}, {}
     for number, run in enumerate(runs, start=1):
         try:

@@ -41,7 +41,7 @@ class Recorder:
     Args:
         prepared: the run.
         grid: the grid that it runs on.
-        strategy: its strategy, as it is started.
+        strategy: tells what its strategy makes of the replies.
         record: called with each round's line and x.
         previous: the aggregate of the round before the first one here.
 
@@ -123,10 +123,14 @@ class Recorder:
         }
 
     def _strategys_own(self, sums: CohortSums | None) -> dict[str, Any]:
-        """What the strategy made of the replies, but for the means of clients' training metrics."""
+        """What the strategy made of the replies, but for the clients' means, which the line has."""
         known = {} if sums is None else sums.mean_metrics()
-        trained = self._strategy.trained
-        own = {name: value for name, value in trained.items() if name not in known}
+        own = {
+            name: value
+            for name, value in self._strategy.trained.items()
+            if name not in known
+            or not np.allclose(value, known[name], rtol=1e-6, atol=0, equal_nan=True)
+        }
         evaluated = self._strategy.evaluated
         return {
             **({"strategy": own} if own else {}),

@@ -238,7 +238,8 @@ def train(
         return tested
 
     seed_others(run.seed, at.server_round + 1)
-    strategy = prepared.strategy if has_own_start(prepared.strategy) else continued
+    own_start = begun is None and has_own_start(prepared.strategy)
+    strategy = prepared.strategy if own_start else continued
     result = strategy.start(
         grid,
         at.arrays,

@@ -115,6 +115,8 @@ def tune(
     ]
     request = to_json(described, indent=1)
     _check_folder(out, request, resume)
+    for text in experiment.notes:
+        progress.note(text)
     train_missing((arm.run for arm in arms), datasets, progress)
     storage = f"sqlite:///{(out / _TRIALS).resolve()}"
     rules: list[dict[str, Any]] = []

@@ -32,7 +32,8 @@ class Experiment(BaseModel):
     """The runs that one file asks for, and the settings in which they differ.
 
     Attributes:
-        notes: what may be a mistake: rules of its own `when` that match no run.
+        notes: what may be a mistake: rules of its own `when` that match none of its runs. Presets
+            and overrides choose among runs: then nothing is told.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -155,7 +156,8 @@ def load_experiment(
     Raises:
         RequestError: the file cannot be read, or any of its runs is not valid.
     """
-    raw = read_settings(path)
+    raw, overrides = read_settings(path), list(overrides)
+    whole = not overrides and "presets" not in raw
     try:
         raw = _lay_preset_over(raw, preset)
         grids = _grids(raw.pop("grid", None))
@@ -192,7 +194,7 @@ def load_experiment(
         notes=[
             one_line(f"when: {rule['match']} matches no run")
             for at, rule in enumerate(own, len(shared))
-            if at not in used
+            if whole and at not in used
         ],
     )
 

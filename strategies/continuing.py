@@ -23,11 +23,11 @@ class Continued(Strategy):
     """Another strategy from round `done` + 1 on: Flower's `start` counts from 1.
 
     Args:
-        strategy: it must not have a `start` of its own.
+        strategy: a `start` of its own, if it has one, is not called.
         done: number of rounds that are done.
 
     Attributes:
-        trained, evaluated: the metrics that it made of the last replies to either.
+        trained, evaluated: its metrics of the last round's training, and of its evaluation.
     """
 
     def __init__(self, strategy: Strategy, done: int) -> None:
@@ -47,7 +47,7 @@ class Continued(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """See `Strategy.aggregate_train`."""
         arrays, metrics = self._strategy.aggregate_train(self._done + server_round, replies)
-        self.trained = dict(metrics or {})
+        self.trained = _values(metrics)
         return arrays, metrics
 
     def configure_evaluate(
@@ -61,12 +61,16 @@ class Continued(Strategy):
     ) -> MetricRecord | None:
         """See `Strategy.aggregate_evaluate`."""
         metrics = self._strategy.aggregate_evaluate(self._done + server_round, replies)
-        self.evaluated = dict(metrics or {})
+        self.evaluated = _values(metrics)
         return metrics
 
     def summary(self) -> None:
         """See `Strategy.summary`."""
         self._strategy.summary()
+
+
+def _values(metrics: object) -> dict[str, Any]:
+    return dict(metrics) if isinstance(metrics, MetricRecord) else {}
 
 
 def has_own_start(strategy: Strategy) -> bool:

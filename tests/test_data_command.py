@@ -180,11 +180,12 @@ def test_data_without_clients_are_dealt_by_labels_unless_said(fedinit, tmp_path)
 def test_the_folder_of_a_data_set_of_ones_own_has_no_colon(
     fedinit, experiment, tmp_path, monkeypatch
 ):
-    file = experiment({"dataset": "plugged_in:gaussians", "model": "plugged_in:Point"})
-    monkeypatch.chdir(file.parent)
-    assert fedinit("data", "plugged_in:gaussians").exit_code == 0
+    monkeypatch.chdir(experiment({}).parent)
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "own.py").write_text("from plugged_in import gaussians")
+    assert fedinit("data", "lab.own:gaussians").exit_code == 0
     (folder,) = (tmp_path / "results").iterdir()
-    assert folder.name.startswith("data-plugged_in-gaussians-")
+    assert folder.name.startswith("data-lab.own-gaussians-")
 
 
 def test_tokens_are_counted_without_padding(fedinit, experiment, tmp_path):

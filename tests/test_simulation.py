@@ -154,8 +154,8 @@ def test_what_a_strategy_says_of_a_round_is_recorded(finals):
     start, *lines = numbers(run)
     assert not {"strategy", "client_evaluation"} & set(start)
     assert [line["strategy"] for line in lines] == [
-        {"square": 1, "sides": [1, 2]},
-        {"square": 4, "sides": [1, 2]},
+        {"square": 1, "sides": [1, None], "train-loss": 9},
+        {"square": 4, "sides": [1, None], "train-loss": 9},
     ]
     for line, x in zip(lines, (0.45, 0.7875), strict=True):
         loss = (x**2 / 2 + 3 * 3 * (x - 2) ** 2 / 2) / 4
