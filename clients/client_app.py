@@ -5,13 +5,20 @@ out), so it serves any Flower strategy; and it runs under RayGrid and under Flow
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from clients.client_optimizers import CLIENT_OPTIMIZERS, OptimizerFactory, ServerState, per_client
+from clients.client_optimizers import (
+    CLIENT_OPTIMIZERS,
+    ClientOptimizer,
+    OptimizerFactory,
+    ServerState,
+    per_client,
+)
 from clients.local_training import LocalDraws, Workspace
 from clients.memory_format import MEMORY_FORMATS
 from clients.vectorized import groups, make_training
@@ -21,6 +28,7 @@ from fedinit.measurements.evaluation import evaluate
 from fedinit.problem import Problem
 
 CONFIG, SERVER_STATE = "config", "server-state"
+PROXIMAL_MU = "proximal-mu"  # in the config that Flower's FedProx sends
 _EVALUATION_BATCH = 128
 
 
@@ -56,7 +64,8 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
     Returns:
         An app that answers `train`; `evaluate`, on the client's own rows; and `evaluate.test`, on
         part `config["part"]` of `config["parts"]` of the test set. The client of a message is its
-        context's `partition-id`.
+        context's `partition-id`. A `proximal-mu` in a train message's config, as Flower's FedProx
+        has it, is mu of the proximal term.
     """
     # `auto` is settled before RayGrid's workers start; Flower's runtime has nobody to settle it.
     memory_format = MEMORY_FORMATS.get(run.memory_format, torch.contiguous_format)
@@ -64,7 +73,18 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
     problem = workspace.problem
     # The scores of a sequence are one for each token and word: hundreds of megabytes for 128 rows.
     size = run.client.batch_size if problem.dataset.has_sequences else _EVALUATION_BATCH
-    client_optimizer = CLIENT_OPTIMIZERS[run.client.optimizer]
+
+    @cache
+    def told(proximal_mu: float) -> tuple[Run, ClientOptimizer]:
+        """Return the run as a strategy wants it, and its client optimizer."""
+        if not proximal_mu:
+            return run, CLIENT_OPTIMIZERS[run.client.optimizer]
+        if run.client.optimizer not in ("sgd", "proximal"):
+            raise ValueError(
+                f"the strategy asks for a proximal term, which '{run.client.optimizer}' lacks"
+            )
+        client = run.client.model_copy(update={"optimizer": "proximal", "mu": proximal_mu})
+        return run.model_copy(update={"client": client}), CLIENT_OPTIMIZERS["proximal"]
 
     ahead: dict[tuple[int, int], LocalDraws] = {}  # by round and client
 
@@ -82,8 +102,10 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
     def train_group(content: RecordDict, clients: Sequence[int]) -> list[Trained]:
         workspace.load(content[ARRAYS])  # type: ignore[arg-type]
         server_round = _server_round(content)
+        mu = content.config_records[CONFIG].get(PROXIMAL_MU, 0.0)
+        as_told, client_optimizer = told(float(mu))  # type: ignore[arg-type]
         draws = ahead.pop((server_round, clients[0]), None)
-        training = make_training(workspace, run, server_round, clients, draws)
+        training = make_training(workspace, as_told, server_round, clients, draws)
         state = content.get(SERVER_STATE)
         server = ServerState(base_optimizer, state) if isinstance(state, ArrayRecord) else None
         return per_client(training, client_optimizer(training, server), workspace.rest())
@@ -93,7 +115,8 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
     @app.train()
     def train(message: Message, context: Context) -> Message:
         [trained] = train_group(message.content, [_client(context)])
-        return Message(trained.content(problem.layout), reply_to=message)
+        content = trained.content(problem.layout, message.content.array_records[ARRAYS])
+        return Message(content, reply_to=message)
 
     def evaluated(message: Message, batches: Iterator[tuple[Tensor, Tensor]]) -> Message:
         workspace.load(message.content[ARRAYS])  # type: ignore[arg-type]

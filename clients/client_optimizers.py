@@ -54,13 +54,14 @@ def per_client(training: Training, update: Update, rest: Mapping[str, Tensor]) -
         update: what the client optimizer made of it.
         rest: the model's arrays outside the vector.
     """
+    clients = len(training.steps)
     return [
         Trained(
-            training.own(update.weights, place),
+            update.weights.view(clients, -1)[place],
             metrics | {name: values[place] for name, values in update.metrics.items()},
             rest,
             {
-                name: {key: training.own(value, place) for key, value in arrays.items()}
+                name: {key: value.view(clients, -1)[place] for key, value in arrays.items()}
                 for name, arrays in update.extra.items()
             },
         )
@@ -150,15 +151,17 @@ NEED_FEDOPT = {"nova", "mimelite"}
 def accumulated_norm(settings: Client, steps: int) -> float:
     """Return a_i, the L1 norm of the weights with which D_i / lr sums the local gradients.
 
-    FedNova, section 4. By the local recursion itself, with every gradient set to one: `steps` for
-    plain SGD, [t - r (1 - r^t) / (1 - r)] / (1 - r) with momentum r, and a <- (1 - lr mu) a + 1
-    with the proximal term.
+    FedNova, section 4: `steps` for plain SGD, [t - r (1 - r^t) / (1 - r)] / (1 - r) with momentum
+    r, and a <- (1 - lr mu) a + 1 with the proximal term. By the local recursion itself: a
+    gradient's weight depends on how many steps ago it was alone, so that one gradient of one,
+    followed through all steps, has the weights of all. With momentum and mu some are negative.
     """
-    distance = velocity = 0.0  # (x - y) / lr, and the momentum buffer
+    weight, velocity, norm = 0.0, 1.0, 0.0  # (x - y) / lr, and the momentum buffer, of that one
     for _ in range(steps):
-        velocity = settings.momentum * velocity + 1 - settings.lr * settings.mu * distance
-        distance += velocity
-    return distance
+        weight += velocity
+        norm += abs(weight)
+        velocity = settings.momentum * velocity - settings.lr * settings.mu * weight
+    return norm
 
 
 def _sgd_step(training: Training, mu: float = 0.0) -> Callable[[], None]:

@@ -1,7 +1,7 @@
 """The one training loop, on a model that is kept and reset in place for each client."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from fedinit.config import Run
 from fedinit.device import device
 from fedinit.measurements.evaluation import correct_predictions, count_targets, per_example
 from fedinit.problem import Problem
-from fedinit.randomness import Draw, keyed, seed_torch, torch_seed
+from fedinit.randomness import Draw, draws_undone, keyed, seed_all, torch_seed
 
 
 def local_epochs(run: Run, server_round: int, client: int) -> int:
@@ -50,7 +50,6 @@ class Workspace:
         self.problem = problem.on(device())
         self.layout = problem.layout
         self.start = self._received = torch.empty(0)
-        self._start_rest: dict[str, Tensor] = {}
         problem.model.to(memory_format=memory_format)
         parameters = dict(problem.model.named_parameters())
         self.parameters: list[Tensor] = [parameters[name] for name in self.layout.trainable]
@@ -65,8 +64,13 @@ class Workspace:
                 parameter.data = place
             else:
                 self._apart.append((parameter.detach(), place))
-        state = problem.model.state_dict()
-        self.fixed = {name: state[name] for name in self.layout.fixed}
+        self._frozen = {name: parameters[name] for name in self.layout.fixed if name in parameters}
+        self._buffers = [
+            _Buffer.of(problem.model, name) for name, _ in problem.model.named_buffers()
+        ]
+        self._sent = [each for each in self._buffers if each.name in self.layout.shapes]
+        # What a round begins with; those that are not persistent are never sent.
+        self._begun = {each.name: each.tensor.clone() for each in self._buffers}
 
     def load(self, arrays: flwr.app.ArrayRecord) -> None:
         """Reset the model to received weights x; `start` is x until the next load."""
@@ -74,13 +78,16 @@ class Workspace:
         if received is not self._received:
             self._received, self.start = received, received.to(self._vector)
             rest = self.layout.rest(arrays)
-            self._start_rest = {name: value.to(device()) for name, value in rest.items()}
+            with torch.no_grad():
+                for name, frozen in self._frozen.items():
+                    frozen.copy_(rest.pop(name))
+            self._begun |= {name: value.to(device()) for name, value in rest.items()}
         with torch.no_grad():
             self._vector.copy_(self.start)
             for parameter, place in self._apart:
                 parameter.copy_(place)
-        for name, value in self._start_rest.items():
-            self.fixed[name].copy_(value)
+        for each in self._buffers:
+            each.set(self._begun[each.name])
 
     def weights(self) -> Tensor:
         """Return the trainable parameters as one vector, which the next training changes."""
@@ -89,11 +96,41 @@ class Workspace:
         return self._vector
 
     def rest(self) -> dict[str, Tensor]:
-        """Return copies of the model's other arrays."""
+        """Return copies of the model's persistent buffers."""
         return {
-            name: value.detach().clone(memory_format=torch.contiguous_format)
-            for name, value in self.fixed.items()
+            each.name: each.present.detach().clone(memory_format=torch.contiguous_format)
+            for each in self._sent
         }
+
+    @contextmanager
+    def without_trace(self) -> Iterator[None]:
+        """Let the model's buffers, and what draws follow, be afterwards as they were."""
+        before = [each.present.detach().clone() for each in self._buffers]
+        with draws_undone([device()] if device().type == "cuda" else []):
+            yield
+        for each, value in zip(self._buffers, before, strict=True):
+            each.set(value)
+
+
+class _Buffer(NamedTuple):
+    """A buffer's place in a model; the model may put another tensor there while it trains."""
+
+    name: str
+    owner: torch.nn.Module
+    key: str
+    tensor: Tensor
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, name: str) -> "_Buffer":
+        owner, _, key = name.rpartition(".")
+        return cls(name, model.get_submodule(owner), key, model.get_buffer(name))
+
+    @property
+    def present(self) -> Tensor:
+        return getattr(self.owner, self.key)
+
+    def set(self, value: Tensor) -> None:
+        setattr(self.owner, self.key, self.tensor.copy_(value))
 
 
 class LocalDraws(NamedTuple):
@@ -101,12 +138,12 @@ class LocalDraws(NamedTuple):
 
     Attributes:
         rows: in their own order.
-        torch_seed: for what its model draws, as dropout does.
+        seed: of what its model draws, as dropout does.
         orders: the rows in the order of each local epoch, once; the first of them is drawn ahead.
     """
 
     rows: np.ndarray
-    torch_seed: int
+    seed: int
     orders: Iterator[np.ndarray]
 
     @classmethod
@@ -149,7 +186,7 @@ class LocalTraining:
 
     def __post_init__(self) -> None:
         model = self.workspace.problem.model
-        seed_torch(self.draws.torch_seed)
+        seed_all(self.draws.seed)
         if not model.training:
             model.train()
 
@@ -176,14 +213,10 @@ class LocalTraining:
                 metrics, in the model's buffers, or in the draws that follow.
         """
         self._clear_gradients()
-        gpus = [device()] if device().type == "cuda" else []
-        fixed = {} if count else {name: v.clone() for name, v in self.workspace.fixed.items()}
-        with nullcontext() if count else torch.random.fork_rng(devices=gpus):
+        with nullcontext() if count else self.workspace.without_trace():
             for rows in self._batches(self.draws.rows):
                 losses = self._losses(rows, count)
                 (losses.sum() / len(self.draws.rows)).backward()
-        for name, value in fixed.items():
-            self.workspace.fixed[name].copy_(value)
         self._bound_gradients()
         gradients = [
             torch.zeros_like(each) if each.grad is None else each.grad
@@ -194,10 +227,6 @@ class LocalTraining:
     def active(self, tensors: list[Tensor]) -> list[Tensor]:
         """Return what belongs to the clients that take the present step: here there is but one."""
         return tensors
-
-    def own(self, values: Tensor, _place: int) -> Tensor:
-        """Return what is the client's own."""
-        return values
 
     def metrics(self) -> list[dict[str, float]]:
         """Return the client's examples and its means over every example visited."""

@@ -215,10 +215,6 @@ class GroupTraining:
         """Return what belongs to the clients that take the present step."""
         return [each[: len(self.workspace.parameters[0])] for each in tensors]
 
-    def own(self, values: Tensor, place: int) -> Tensor:
-        """Return what is the own of the client at a place."""
-        return values[place]
-
     def metrics(self) -> list[dict[str, float]]:
         """Return each client's examples and its means over every example visited."""
         means = {"train-loss": self._loss_sums / self._examples_seen}

@@ -1,5 +1,6 @@
 """A results folder that is one process's, and the runs in it that go on from their checkpoints."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
-from experiments.wiring import SETTLED, Simulation
+from experiments.wiring import SETTLED, Datasets, Simulation, measured_work
 from fedinit.checkpoints import DamagedError, UnsavableError, decode, encode
 from fedinit.config import Run, difference
 from fedinit.errors import RequestError, named
@@ -173,10 +174,10 @@ def check_folder(experiment: Experiment, out: Path, resume: bool) -> None:
         raise RequestError(f"--out {out}: not a folder")
     if not resume:
         raise RequestError(f"--out {out}: not empty; continue it with --resume, or name another")
-    for label, run in experiment.runs.items():
+    for label, run in as_begun(experiment, out).items():
         if not (out / label / "run.yaml").exists():
             continue
-        changed = difference(RunFolder(out / label).run, as_begun(run, out / label))
+        changed = difference(RunFolder(out / label).run, run)
         if changed:
             raise RequestError(
                 f"--resume: {out / label / 'run.yaml'} was made with other settings: {changed}; "
@@ -189,10 +190,21 @@ def is_free(out: Path) -> bool:
     return not out.exists() or (out.is_dir() and set(os.listdir(out)) <= {LOCK})
 
 
-def as_begun(run: Run, path: Path) -> Run:
-    """Return the run as an earlier call settled it: from its begin to its end it is one run."""
-    if not (path / "run.yaml").exists():
-        return run
-    begun = RunFolder(path).run
-    auto = [name for name in SETTLED if getattr(run, name) == "auto"]
-    return run.model_copy(update={name: getattr(begun, name) for name in auto})
+def as_begun(experiment: Experiment, out: Path) -> dict[str, Run]:
+    """Return the runs with what an earlier call measured, of each or of one like it.
+
+    From its begin to its end it is one run, and the arms of a pair agree.
+    """
+    paths = {label: out / label / "run.yaml" for label in experiment.runs}
+    begun = {label: RunFolder(out / label).run for label in paths if paths[label].exists()}
+    like = {_work(experiment.runs[label]): run for label, run in begun.items()}
+    settled = {}
+    for label, run in experiment.runs.items():
+        found = begun.get(label, like.get(_work(run), run))
+        auto = [name for name in SETTLED if getattr(run, name) == "auto"]
+        settled[label] = run.model_copy(update={name: getattr(found, name) for name in auto})
+    return settled
+
+
+def _work(run: Run) -> str:
+    return json.dumps([*measured_work(run), Datasets.key(run), run.cohort], default=str)

@@ -16,7 +16,7 @@ from experiments.wiring import Datasets, Simulation, simulation
 from fedinit.config import Run
 from fedinit.errors import RequestError, WriteError, located
 from fedinit.experiment_file import Experiment
-from fedinit.randomness import seed_others
+from fedinit.randomness import seed_strategy
 from fedinit.results import ENDED, SUMMARY, RunFolder, summarize
 from fedinit.simulation import RayGrid, Workers
 from strategies.continuing import Continued, has_own_start
@@ -66,8 +66,8 @@ def run_experiment(
     with results_folder(out):
         check_folder(experiment, out, resume)  # again: now nobody else writes to it
         todo = {
-            label: as_begun(run, out / label)
-            for label, run in experiment.runs.items()
+            label: run
+            for label, run in as_begun(experiment, out).items()
             if RunFolder(out / label).status not in ENDED
         }
         stop = Stop()
@@ -234,10 +234,10 @@ def train(
         server_round = at.server_round + rounds
         tested = recorder(server_round, arrays)
         reached(Position(server_round, arrays, recorder.previous, at.configs))
-        seed_others(run.seed, server_round + 1)
+        seed_strategy(run.seed, server_round + 1)
         return tested
 
-    seed_others(run.seed, at.server_round + 1)
+    seed_strategy(run.seed, at.server_round + 1)
     own_start = begun is None and has_own_start(prepared.strategy)
     strategy = prepared.strategy if own_start else continued
     result = strategy.start(

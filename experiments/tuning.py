@@ -117,7 +117,7 @@ def tune(
     _check_folder(out, request, resume)
     for text in experiment.notes:
         progress.note(text)
-    train_missing((arm.run for arm in arms), datasets, progress)
+    train_missing((run for arm in arms for run in arm.runs), datasets, progress)
     storage = f"sqlite:///{(out / _TRIALS).resolve()}"
     rules: list[dict[str, Any]] = []
     progress.note("starting the workers")
@@ -187,9 +187,11 @@ def _arm(experiment: Experiment, label: str, settings: Tune) -> Arm:
     run = experiment.runs[label]
     if not run.validation:
         raise RequestError("validation: fedinit tune needs a share of each client's examples, > 0")
+    if not run.rounds:
+        raise RequestError("rounds: fedinit tune needs at least 1")
     values: dict[str, list[Any]] = {}
     for rule in settings.search:
-        if matches(run, rule):
+        if matches(experiment.as_written(run), rule):
             values |= rule["set"]
     values = {key: found for key, found in values.items() if found is not None}
     if not values:
@@ -214,7 +216,6 @@ def _seed(arm: Arm) -> int:
 
 def _score(arm: Arm, workers: Workers, datasets: Datasets, trial: Trial) -> float:
     """Train one trial; stop it where it is worse than the median of those before at that round."""
-    prepared = simulation(arm.run_of(trial), datasets).settled(workers, datasets)
     losses: list[float] = []
 
     def record(line: dict[str, Any], _x: ArrayRecord) -> None:
@@ -225,6 +226,7 @@ def _score(arm: Arm, workers: Workers, datasets: Datasets, trial: Trial) -> floa
                 raise optuna.TrialPruned
 
     try:
+        prepared = simulation(arm.run_of(trial), datasets).settled(workers, datasets)
         train(prepared, prepared.grid(workers, datasets), record)
     except DivergedError:
         raise optuna.TrialPruned from None
@@ -251,12 +253,15 @@ def _told(trial: FrozenTrial) -> str:
 def _rule(arm: Arm, trials: list[FrozenTrial]) -> dict[str, Any]:
     """Return the arm's rule for an experiment's `rules`, with what is to be known of it."""
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    failed = [trial for trial in trials if trial.state == TrialState.FAIL]
+    failures = f", {len(failed)} failed" if failed else ""
     if not complete:
-        return {"match": arm.match, "set": {}, "note": f"none of {len(trials)} trials was finite"}
+        note = f"none of {len(trials)} trials was finite{failures}"
+        return {"match": arm.match, "set": {}, "note": note}
     best = min(complete, key=lambda trial: trial.value or 0.0)
     note = (
         f"validation loss {best.value:.4g}, best of {len(trials)} of {len(arm.runs)} combinations "
-        f"({len(trials) - len(complete)} stopped early)"
+        f"({len(trials) - len(complete) - len(failed)} stopped early{failures})"
     )
     for key, values in arm.values.items():
         if len(values) > 1 and best.params[key] in (values[0], values[-1]):

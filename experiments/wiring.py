@@ -81,9 +81,7 @@ class Simulation:
         Measured once for each model, loss, shape of rows and batch size: arms of a pair agree.
         """
         run = self.run
-        shape = tuple(self.problem.dataset.inputs.shape[1:])
-        model = [run.model, run.model_args, run.trainable, run.loss, run.loss_args]
-        work = [*model, shape, run.client.batch_size]
+        work = [*measured_work(run), tuple(self.problem.dataset.inputs.shape[1:])]
 
         def measured(run: Run, name: str, function: Callable[..., Any], *key: Any) -> Run:
             text = json.dumps([name, *work, *key], sort_keys=True, default=str)
@@ -136,6 +134,12 @@ class Simulation:
         client = message.metadata.dst_node_id
         examples = int(self.problem.dataset.owners.sizes[client])
         return local_steps(self.run, examples, server_round, client)
+
+
+def measured_work(run: Run) -> list[Any]:
+    """Return the settings that what is measured for `SETTLED` depends on, but for the data."""
+    model = [run.model, run.model_args, run.trainable, run.loss, run.loss_args]
+    return [*model, run.client.batch_size, *(getattr(run, name) for name in SETTLED)]
 
 
 def simulation(run: Run, datasets: Datasets) -> Simulation:

@@ -27,7 +27,7 @@ class Trained(NamedTuple):
     Attributes:
         weights: the trained vector y; it may be the model's own, which the next client changes.
         metrics: `num-examples` and what is averaged with it.
-        rest: the model's arrays outside the vector.
+        rest: the model's arrays outside the vector, but for those that are as they were sent.
         extra: further arrays, by their record's name.
     """
 
@@ -36,9 +36,14 @@ class Trained(NamedTuple):
     rest: Mapping[str, Tensor]
     extra: Mapping[str, Mapping[str, Tensor]]
 
-    def content(self, layout: Layout) -> RecordDict:
-        """Return it as the content of a reply, in Flower's convention."""
-        rest = {name: value.cpu() for name, value in self.rest.items()}
+    def content(self, layout: Layout, start: ArrayRecord) -> RecordDict:
+        """Return it as the content of a reply, in Flower's convention.
+
+        Args:
+            layout: the model's.
+            start: the weights that the client got.
+        """
+        rest = layout.rest(start) | {name: value.cpu() for name, value in self.rest.items()}
         content = RecordDict(
             {
                 ARRAYS: layout.record(self.weights.to("cpu", copy=True), rest),
@@ -53,8 +58,8 @@ class Trained(NamedTuple):
 class CohortSums:
     """Sums over updates D_i = x - y_i of clients with n_i examples.
 
-    Merging adds no vectors up: the processes' partial sums are read together when a result is asked
-    for.
+    Merging adds no updates up: the processes' partial sums of them are read together when a result
+    is asked for.
 
     Args:
         layout: the model's layout; updates are over its trainable arrays.
@@ -166,13 +171,15 @@ class CohortSums:
         return find(self._parts, self._scale())
 
     def mean_rest(self, start: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The plain weighted mean of what is not trained, typed as `start`; integers are copied."""
-        return {
-            name: (self.rest[name] / self.examples).to(value.dtype)
-            if value.is_floating_point()
-            else self.rest[name]
-            for name, value in start.items()
+        """The plain weighted mean of what is not trained, typed as `start`; integers are copied.
+
+        What nobody sent back is as it was.
+        """
+        means = {
+            name: value / self.examples if value.is_floating_point() else value
+            for name, value in self.rest.items()
         }
+        return {name: means.get(name, value).to(value.dtype) for name, value in start.items()}
 
     def mean_extra(self, name: str) -> dict[str, Tensor]:
         """The weighted mean of a further ArrayRecord's arrays, in float64."""

@@ -162,7 +162,7 @@ class Run(Strict):
 
 # How a run is carried out, not what it is: --resume may change these.
 CARRYING_OUT = ("checkpoint_every", "workers")
-FREE_FORM = ("dataset_args", "model_args", "loss_args", "strategy_args")
+_FREE_FORM = ("dataset_args", "model_args", "loss_args", "strategy_args", "proxy.dataset_args")
 
 
 def make_run(settings: Mapping[str, Any]) -> Run:
@@ -186,11 +186,16 @@ def get(run: Run, key: str) -> Any:
     value: Any = run.model_dump(mode="json")
     for part in key.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            if key.split(".", 1)[0] in FREE_FORM:
+            if is_argument(key):
                 return None
             raise unknown_key(key, dotted_keys())
         value = value[part]
     return value
+
+
+def is_argument(key: str) -> bool:
+    """Whether a dotted key names an argument, whose name is the user's own."""
+    return key.startswith(tuple(f"{each}." for each in _FREE_FORM))
 
 
 def difference(earlier: Run, now: Run) -> str | None:

@@ -20,7 +20,7 @@ from zlib import crc32
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from fedinit.config import FREE_FORM, Run, dotted_keys, get, make_run, unknown_key
+from fedinit.config import Run, dotted_keys, get, is_argument, make_run, unknown_key
 from fedinit.errors import RequestError, one_line, unknown
 
 _BESIDE_A_RUN = ("name", "study", "grid", "when", "rules", "presets", "tune")
@@ -46,12 +46,15 @@ class Experiment(BaseModel):
     tune: dict[str, Any] | None = None
     notes: list[str] = []
 
+    def as_written(self, run: Run) -> Run:
+        """Return a run with weights beside the file as they are named there."""
+        name = run.initialization.removeprefix(f"{self.folder}/")
+        return run.model_copy(update={"initialization": name})
+
     def arm(self, run: Run) -> dict[str, Any]:
-        """Return what tells a run from others; weights beside the file as they are named there."""
-        varied = {key: get(run, key) for key in self.varied}
-        if "initialization" in varied:
-            varied["initialization"] = run.initialization.removeprefix(f"{self.folder}/")
-        return varied
+        """Return what tells a run from others."""
+        written = self.as_written(run)
+        return {key: get(written, key) for key in self.varied}
 
 
 class _Loader(yaml.SafeLoader):
@@ -183,7 +186,7 @@ def load_experiment(
         runs, used = _spell_out(name, folder, raw, grids, [*shared, *own], fixed)
     except RequestError as error:
         raise RequestError(f"{path}: {error}") from None
-    varied = dict.fromkeys(key for grid in grids for key in grid if key not in fixed)
+    varied = dict.fromkeys(key for grid in grids for key in grid if not _is_fixed(key, fixed))
     return Experiment(
         name=name,
         folder=folder,
@@ -314,7 +317,7 @@ def _spell_out(
     used: set[int] = set()
     for grid in grids:
         labels = set()
-        axes = {key: values for key, values in grid.items() if key not in fixed}
+        axes = {key: values for key, values in grid.items() if not _is_fixed(key, fixed)}
         for combination in itertools.product(*axes.values()):
             arm = dict(zip(axes, combination, strict=True))
             settings = deepcopy(raw)
@@ -340,6 +343,11 @@ def _spell_out(
     return runs, used
 
 
+def _is_fixed(key: str, fixed: Mapping[str, Any]) -> bool:
+    """Whether an override sets a key, or the section that it is in."""
+    return any(key == each or key.startswith(f"{each}.") for each in fixed)
+
+
 def _label(arm: Mapping[str, Any]) -> str:
     """Name a run, and its folder, by the settings that vary; file systems bound the length."""
     label = ",".join(f"{key}={_slug(str(value))}" for key, value in arm.items())
@@ -356,7 +364,7 @@ def _with_weights_beside(run: Run, folder: Path) -> Run:
 def _apply(settings: dict[str, Any], dotted: Mapping[str, Any]) -> None:
     for key, value in dotted.items():
         *sections, last = key.split(".")
-        if sections and sections[0] not in FREE_FORM and key not in dotted_keys():
+        if sections and not is_argument(key) and key not in dotted_keys():
             raise unknown_key(key, dotted_keys())
         inner = settings
         for section in sections:

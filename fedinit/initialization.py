@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedinit.errors import RequestError, one_line
-from fedinit.parameters import Layout
+from fedinit.parameters import Layout, in_head
 
 METADATA = "fedinit"  # the key in a .safetensors file
 # What a model of ours has no place for: BatchNorm's running statistics where it has GroupNorm, and
@@ -87,18 +87,15 @@ def from_file(
     state = model.state_dict()
     own = {name: state[name] for name in Layout.of(model).shapes}  # tied ones once, as we write
 
-    def in_head(name: str) -> bool:
-        return head is not None and (name == head or name.startswith(head + "."))
-
     def fits(name: str) -> bool:
         return name in weights and weights[name].shape == own[name].shape
 
     same_labels = labels is None or about.get("labels", labels) == labels
-    head_fits = same_labels and all(fits(name) for name in own if in_head(name))
+    head_fits = same_labels and all(fits(name) for name in own if in_head(name, head))
     normalization = _normalization(model) if fresh_normalization else set()
     record = Initialization(source, about=about)
     for name, value in own.items():
-        if name in normalization or (in_head(name) and not head_fits):
+        if name in normalization or (in_head(name, head) and not head_fits):
             record.fresh.append(name)
         elif fits(name):
             record.loaded.append(name)
@@ -110,7 +107,7 @@ def from_file(
     tied = state.keys() - own.keys()
     record.unused = [name for name in weights if name not in record.loaded and name not in tied]
     for name in record.unused:
-        if not in_head(name) and name not in normalization and not name.endswith(_NO_PLACE):
+        if not in_head(name, head) and name not in normalization and not name.endswith(_NO_PLACE):
             raise RequestError(f"initialization: {path}: the model has no '{name}'")
     with torch.no_grad():
         for name in record.loaded:

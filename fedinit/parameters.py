@@ -65,6 +65,11 @@ def tensor(array: flwr.app.Array) -> Tensor:
     return torch.from_numpy(array.read() if isinstance(array, Array) else array.numpy())
 
 
+def in_head(name: str, head: str | None) -> bool:
+    """Whether an array is in a model's head, which is named by its arrays' prefix, or is one."""
+    return head is not None and (name == head or name.startswith(f"{head}."))
+
+
 def size_in_bytes(record: flwr.app.ArrayRecord) -> int:
     """Return the bytes that a record's arrays take; none is encoded or made for it."""
     return sum(
@@ -146,7 +151,8 @@ class Layout:
         """Lay out a model; the parameters with `requires_grad` are the trainable ones.
 
         Raises:
-            RequestError: nothing is trainable, or the trainable parameters differ in dtype.
+            RequestError: nothing is trainable, the trainable parameters differ in dtype, or an
+                array's dtype is none of NumPy's, and so of Flower's.
         """
         parameters = dict(model.named_parameters())
         trainable = tuple(name for name, value in parameters.items() if value.requires_grad)
@@ -155,10 +161,15 @@ class Layout:
             found = ", ".join(sorted(map(str, dtypes))) or "no trainable parameter"
             raise RequestError(f"model: trainable parameters must have one dtype, found {found}")
         named = parameters | dict(model.named_buffers())
-        shapes = {
-            name: tuple(value.shape) for name, value in model.state_dict().items() if name in named
-        }
-        return cls(shapes, trainable)
+        arrays = {name: value for name, value in model.state_dict().items() if name in named}
+        for name, value in arrays.items():
+            try:
+                torch.empty(0, dtype=value.dtype).numpy()
+            except TypeError:
+                raise RequestError(
+                    f"model: '{name}' is {value.dtype}, which Flower's arrays cannot hold"
+                ) from None
+        return cls({name: tuple(value.shape) for name, value in arrays.items()}, trainable)
 
     @cached_property
     def sizes(self) -> list[int]:

@@ -24,7 +24,8 @@ from fedinit.initialization import METADATA
 from fedinit.measurements.evaluation import evaluate, per_example
 from fedinit.parameters import Layout
 from fedinit.problem import Problem, build_problem, label_space
-from fedinit.randomness import Draw, keyed, torch_seed
+from fedinit.randomness import Draw, draws_undone, keyed, seed_all, torch_seed
+from fedinit.registry import source_of
 from fedinit.results import to_json, write_atomically, writing
 
 Report = Callable[[int, int, float], None]
@@ -60,9 +61,19 @@ def proxy_path(run: Run) -> Path:
 
 
 def _decides(run: Run) -> dict[str, Any]:
-    """Return everything that the proxy's weights depend on, but for the machine."""
+    """Return everything that the proxy's weights depend on, but for the machine.
+
+    Of one's own modules that are the files themselves, but not what they import.
+    """
     settings = run.model_dump(mode="json")
-    return {key: settings[key] for key in ("model", "model_args", "loss", "loss_args", "proxy")}
+    decides = {key: settings[key] for key in ("model", "model_args", "loss", "loss_args", "proxy")}
+    arguments = decides["proxy"]["dataset_args"]
+    for name, value in arguments.items():
+        if isinstance(value, str) and Path(value).exists():  # it is another from another folder
+            arguments[name] = str(Path(value).resolve())
+    named = {"model": run.model, "loss": run.loss, "dataset": run.proxy.dataset or ""}
+    sources = {kind: found for kind, name in named.items() if (found := source_of(kind, name))}
+    return decides | ({"sources": sources} if sources else {})
 
 
 def pretrain(run: Run, dataset: FederatedDataset, report: Report) -> Path:
@@ -114,8 +125,8 @@ def _epochs(proxy: Proxy, problem: Problem, report: Report) -> Iterator[dict[str
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _SCHEDULES[proxy.schedule](steps))
     done = 0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_seed(rng))
+    with draws_undone():
+        seed_all(torch_seed(rng))
         for epoch in range(1, proxy.epochs + 1):
             problem.model.train()
             order, total = rng.permutation(rows), 0.0

@@ -12,8 +12,8 @@ from fedinit.config import Run
 from fedinit.data import DATASETS, FederatedDataset
 from fedinit.errors import RequestError
 from fedinit.models import MODELS, Model
-from fedinit.parameters import Layout
-from fedinit.randomness import Draw, keyed, torch_seed
+from fedinit.parameters import Layout, in_head
+from fedinit.randomness import Draw, draws_undone, keyed, seed_all, torch_seed
 from fedinit.registry import call, resolve
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -82,8 +82,8 @@ def build_problem(run: Run, dataset: FederatedDataset) -> Problem:
     offered: dict[str, Any] = {"input_shape": tuple(dataset.inputs.shape[1:])}
     if dataset.num_classes is not None:
         offered["num_classes"] = dataset.num_classes
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_seed(keyed(Draw.WEIGHTS, run.seed)))
+    with draws_undone():
+        seed_all(torch_seed(keyed(Draw.WEIGHTS, run.seed)))
         model = call("model", spec.build, run.model_args, **offered)
     if not isinstance(model, nn.Module):
         raise RequestError(
@@ -103,11 +103,11 @@ def _freeze_body(model: nn.Module, name: str, head: str | None) -> None:
             f"trainable: '{name}' names no head; give its function an attribute `head`, the prefix "
             "of the head's parameters"
         )
-    prefix, names = f"{head}.", [each for each, _ in model.named_parameters()]
-    if not any(each.startswith(prefix) for each in names):
+    parameters = dict(model.named_parameters())
+    if not any(in_head(each, head) for each in parameters):
         raise RequestError(
             f"trainable: no parameter of '{name}' is in its head '{head}'; valid: "
-            f"{', '.join(dict.fromkeys(each.rpartition('.')[0] for each in names))}"
+            f"{', '.join(dict.fromkeys(each.rpartition('.')[0] or each for each in parameters))}"
         )
-    for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter_name.startswith(prefix))
+    for parameter_name, parameter in parameters.items():
+        parameter.requires_grad_(in_head(parameter_name, head))

@@ -1,6 +1,8 @@
 """Random numbers keyed by what they are for, so that no draw depends on another or on the order."""
 
 import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 
 import numpy as np
@@ -33,20 +35,35 @@ def torch_seed(rng: np.random.Generator) -> int:
     return int(rng.integers(1 << 63))
 
 
-def seed_torch(seed: int) -> None:
-    """Seed torch's own generators, of the CPU and of every GPU.
+def seed_all(seed: int) -> None:
+    """Seed what models and strategies draw from: torch's, NumPy's and Python's own generators.
 
-    torch.manual_seed does so too, but writes down its caller's stack while no GPU is in use: 0.1 ms
-    each time, and some milliseconds where that is not in the caches.
+    Not by torch.manual_seed: while no GPU is in use it writes down its caller's stack, 0.1 ms each
+    time, and some milliseconds where that is not in the caches.
     """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(seed)
 
 
-def seed_others(seed: int, server_round: int) -> None:
-    """Seed the generators that Flower's strategies and a user's draw from, for a round."""
-    rng = keyed(Draw.STRATEGY, seed, server_round)
-    random.seed(torch_seed(rng))
-    np.random.seed(torch_seed(rng) % 2**32)
-    seed_torch(torch_seed(rng))
+def seed_strategy(seed: int, server_round: int) -> None:
+    """Seed what Flower's strategies, and a user's, draw from in a round."""
+    seed_all(torch_seed(keyed(Draw.STRATEGY, seed, server_round)))
+
+
+@contextmanager
+def draws_undone(gpus: Sequence[torch.device] = ()) -> Iterator[None]:
+    """Let the generators that `seed_all` seeds be afterwards as they were.
+
+    Args:
+        gpus: those whose generators are among them.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=gpus):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

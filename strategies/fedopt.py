@@ -3,22 +3,21 @@
 Every method of the study is this strategy: 5 client optimizers x the server optimizers.
 """
 
+import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from flwr.supercore import log
 from torch import Tensor
 
+from clients.client_optimizers import OptimizerFactory
 from fedinit.cohort import ARRAYS, CohortSums
 from fedinit.parameters import Array, Layout
 from fedinit.randomness import Draw, keyed
-
-OptimizerFactory = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 
 
 def draw_cohort(seed: int, server_round: int, clients: int, size: int) -> list[int]:
@@ -135,7 +134,8 @@ class FedOpt(Strategy):
 
     def summary(self) -> None:
         """Log the strategy's settings."""
-        log(20, "\t└──> FedOpt: cohort %s of %s clients", self.cohort, self.clients)
+        logger = logging.getLogger("flwr")
+        logger.info("\t└──> FedOpt: cohort %s of %s clients", self.cohort, self.clients)
 
     def _step(self, start: Tensor, sums: CohortSums) -> Tensor:
         point, optimizer = self._at(start)

@@ -1,10 +1,12 @@
 """Problems as a user would plug them in: quadratics whose federated training is known by hand."""
 
 import os
+import random
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import ray
 import torch
 from torch import Tensor, nn
@@ -90,6 +92,10 @@ def dropout_classifier(num_classes: int) -> nn.Module:
 dropout_classifier.head = "3"
 
 
+def bfloat16_classifier(num_classes: int) -> nn.Module:
+    return nn.Linear(8, num_classes).bfloat16()
+
+
 def small_classifier(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, num_classes))
 
@@ -105,6 +111,35 @@ class PointWithMemory(Point):
         if self.training:
             self.seen.copy_(curvature.mean())
         return super().forward(curvature)
+
+
+class Counting(Point):
+    """A point that counts the steps it was trained, in tensors that it makes anew each time."""
+
+    def __init__(self) -> None:
+        super().__init__(size=1)
+        zero = torch.zeros((), dtype=torch.float64)
+        self.register_buffer("steps", zero.clone())
+        self.register_buffer("of_round", zero.clone())
+        self.register_buffer("own", zero.clone(), persistent=False)
+
+    def forward(self, curvature: Tensor) -> Tensor:
+        if self.training:
+            self.steps = self.steps + 1
+            self.own = self.own + 1
+            self.of_round = self.own.clone()
+        return super().forward(curvature)
+
+
+class Noisy(Point):
+    """A point whose training sees it elsewhere, by what NumPy and Python draw."""
+
+    def __init__(self) -> None:
+        super().__init__(size=1)
+
+    def forward(self, curvature: Tensor) -> Tensor:
+        noise = random.random() + np.random.random() if self.training else 0.0
+        return super().forward(curvature) + noise
 
 
 def noise_images(clients: int = 4, per_client: int = 12) -> FederatedDataset:
@@ -283,6 +318,20 @@ class MixesRows(nn.Linear):
 def scores(outputs: Tensor, targets: Tensor) -> Tensor:
     """No loss of a row."""
     return outputs
+
+
+class Scaled(nn.Module):
+    """A classifier whose head is the parameter that scales its scores."""
+
+    head = "scale"
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body = nn.Linear(8, num_classes)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.body(inputs) * self.scale
 
 
 def headless(num_classes: int) -> nn.Module:

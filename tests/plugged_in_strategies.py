@@ -20,6 +20,14 @@ class HalfStep(FedAvg):
         return type(arrays)(dict(zip(arrays, map(_array, half), strict=True))), metrics
 
 
+class Handing(FedAvg):
+    """Takes an argument of its own, and hands on whatever else it is given."""
+
+    def __init__(self, extra=1.0, **arguments):
+        super().__init__(**arguments)
+        self.extra = extra
+
+
 class Remembering(FedAvg):
     """A user's strategy whose step depends on all rounds before, kept where it says itself."""
 

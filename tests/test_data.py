@@ -87,13 +87,20 @@ def test_a_dataset_checks_its_clients():
         FederatedDataset(x, y, {"a": [0, 3]}, x, y)
     with pytest.raises(RequestError, match="test set is empty"):
         FederatedDataset(x, y, None, x[:0], y[:0])
+    for mask in ([True, False, True], [0.0, 2.0], [[0, 1], [1, 2]]):
+        with pytest.raises(RequestError, match=r"client 'b' has .* expected row numbers"):
+            FederatedDataset(x, y, {"a": [0], "b": mask}, x, y)
+    with pytest.raises(RequestError, match="test row 2 has the target -100"):
+        FederatedDataset(x, y, {"a": [0]}, x, torch.tensor([0, 1, -100]))
+    FederatedDataset(x, x[:, 0] - 100, {"a": [0]}, x, x[:, 0])  # a number like any other
 
 
 def test_what_a_model_reads():
-    """uint8 is read as floats in [0, 1], other integers as int64, floats as they are."""
+    """uint8 inputs are read as floats in [0, 1], other integers as int64, floats as they are."""
     images = torch.tensor([[0], [51], [255]], dtype=torch.uint8)
     labels = torch.tensor([0, 1, 2], dtype=torch.int16)
-    data = FederatedDataset(images, labels, {"a": [2, 1]}, images, labels)
+    data = FederatedDataset(images, labels, {"a": [2, 1]}, images, labels.byte())
+    assert data.test_batch(1, 3)[1].tolist() == [1, 2]
     inputs, targets = data.batch(data.owners["a"])
     assert inputs.tolist() == [[1.0], [pytest.approx(0.2)]]
     assert targets.dtype == torch.int64

@@ -109,6 +109,10 @@ CASES = {
         {"model": "plugged_in:headless", "trainable": "head"},
         ["trainable", "'plugged_in:headless'", "'nowhere'", "valid: 0"],
     ),
+    "a parameter that NumPy lacks": (
+        {"model": "plugged_in:bfloat16_classifier"},
+        ["model: 'weight' is torch.bfloat16", "arrays cannot hold"],
+    ),
     "a column that is a list": (
         {"dataset": "plugged_in:listed"},
         ["dataset: targets is a list, expected a torch.Tensor"],

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from experiments.cli import app
 from fedinit.errors import RequestError
+from fedinit.experiment_file import load_experiment
 
 VALID = {
     "name": "mutated",
@@ -217,3 +218,18 @@ def test_a_rule_of_ones_own_that_matches_no_run_is_told(folder):
         assert told == "when: {'server.optimizer': 'adm'} matches no run"
     chosen = ["run", str(file), "--dry-run", "--set", "server.optimizer=sgd"]
     assert "matches no run" not in CliRunner().invoke(app, chosen).stdout
+
+
+def test_an_overridden_section_takes_its_keys_out_of_the_grid(folder):
+    """Runs that are alike would be told apart by what is not so. Arguments may be anywhere."""
+    file = folder / "sections.yaml"
+    run = {"dataset": "mine:data", "model": "mine:net", "initialization": "proxy"}
+    grid = {"client.lr": [0.1, 0.2], "seed": [0, 1]}
+    file.write_text(yaml.safe_dump(run | {"grid": grid}))
+    settings = ["client={lr: 0.5}", "proxy.dataset_args.clients=3"]
+    experiment = load_experiment(file, settings)
+    assert experiment.varied == ["seed"]
+    assert list(experiment.runs) == ["seed=0", "seed=1"]
+    for each in experiment.runs.values():
+        assert each.client.lr == 0.5
+        assert each.proxy.dataset_args == {"clients": 3}

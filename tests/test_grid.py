@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from fedinit.parameters import Array, Layout, size_in_bytes
 from fedinit.simulation import ClientError, RayGrid, Workers
 from fedinit.simulation.failures import Failures
+from fedinit.simulation.observed_grid import ObservedGrid
 from fedinit.simulation.ray_grid import assign
 from strategies.fedopt import FedOpt
 
@@ -70,6 +71,13 @@ def test_one_reply_for_each_client_and_states_that_persist(workers):
             assert reply.content["metrics"]["seen"] == count
             assert reply.content["arrays"]["w"].numpy().tolist() == [1 + node, 2 + node, 3 + node]
     assert grid.take_sums() is None  # nothing is measured without a layout
+
+
+def test_a_node_gets_one_message_at_a_time(workers):
+    grid = RayGrid(workers, counting_app, num_clients=5, layout=layout())
+    for each in (grid, ObservedGrid(grid, layout())):
+        with pytest.raises(ValueError, match="distinct nodes"):
+            each.send_and_receive(train_messages([0, 1, 1]))
 
 
 def test_states_persist_where_workers_reduce_and_may_be_emptied(workers):

@@ -123,6 +123,22 @@ def test_padding_counts_in_no_loss_and_no_accuracy():
     assert found["num-examples"] == 3
     assert found["loss"] == pytest.approx(2.0)
     assert found["accuracy"] == pytest.approx(1 / 3)
+    by_row = evaluate(torch.nn.Identity(), lambda _o, _t: losses[:, 0], [(scores, targets)])
+    assert by_row == {"num-examples": 2, "loss": 2.0, "accuracy": 0.25}  # half of the first row
+
+
+def test_a_row_of_nothing_but_padding_has_no_loss():
+    targets, losses = torch.tensor([[1, IGNORED], [IGNORED, IGNORED]]), torch.full((2, 2), 4.0)
+    assert per_example(losses, targets).tolist() == [4.0, 0.0]
+    scores = torch.zeros(2, 3, 2)
+    nothing = evaluate(torch.nn.Identity(), lambda _o, _t: losses[1:], [(scores[1:], targets[1:])])
+    assert nothing == {"num-examples": 0, "loss": 0, "accuracy": 0}
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_of_a_single_score_there_is_no_accuracy(shape):
+    """Of one logit for each row the highest is always the first: label 0 would be called right."""
+    assert correct_predictions(torch.ones(shape), torch.tensor([0, 1, 1])) is None
 
 
 def test_one_step_on_tokens_end_to_end(finals):

@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fedinit.config import Run
 from fedinit.initialization import metadata
+from fedinit.pretraining import proxy_path
 from fedinit.results import RunFolder
 
 # One row: the loss is 1/2 a (x - b)^2, from x = 0. The federated data have their optimum elsewhere.
@@ -162,3 +164,21 @@ def test_fresh_normalization_leaves_scales_and_shifts(finals, tmp_path):
     assert fresh["1.bias"].abs().max() < 1e-20
     record = RunFolder(runs["normalization=fresh"]).initialization
     assert set(record["fresh"]) == set(record["unused"]) == {"1.weight", "1.bias"}
+
+
+def test_a_proxy_is_of_the_code_that_trained_it(tmp_path, monkeypatch):
+    """One's own module is in the name of its weights, and so is where a relative path leads."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    lab = tmp_path / "lab_of_one.py"
+    lab.write_text("def net(): pass")
+    run = Run(model="lab_of_one:net", dataset="x", proxy={"dataset": "y"})
+    paths = {proxy_path(run), proxy_path(run)}
+    lab.write_text("def net(): return 1")
+    paths.add(proxy_path(run))
+    assert len(paths) == 2
+    run = Run(model="cnn", dataset="x", proxy={"dataset": "y", "dataset_args": {"at": "texts"}})
+    here = proxy_path(run)
+    monkeypatch.chdir("/")
+    assert proxy_path(run) != here

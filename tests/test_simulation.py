@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from fedinit.randomness import seed_torch
+from experiments.resuming import as_begun
+from fedinit.experiment_file import load_experiment
+from fedinit.randomness import seed_all
+from fedinit.results import RunFolder
 
 GAUSSIANS = {
     "dataset": "plugged_in:gaussians",
@@ -53,7 +57,7 @@ def test_the_same_seed_gives_the_same_bits(client, finals):
 
 def test_seeding_torch_is_torchs_own_seeding():
     with torch.random.fork_rng(devices=[]):
-        seed_torch(2**62 + 1)
+        seed_all(2**62 + 1)
         ours = torch.rand(3)
         torch.manual_seed(2**62 + 1)
         assert torch.equal(ours, torch.rand(3))
@@ -124,10 +128,11 @@ def test_flowers_own_strategies_and_a_users(finals):
         assert halfway[name] == pytest.approx((x[name] + whole[name]) / 2, abs=1e-6)
 
 
-def test_the_cohort_of_flowers_strategies_is_the_runs(finals):
-    (run,) = finals(
-        GAUSSIANS | {"strategy": "flwr.serverapp.strategy:FedAvg", "cohort": 3}
-    ).values()
+@pytest.mark.parametrize(
+    "strategy", ["flwr.serverapp.strategy:FedAvg", "plugged_in_strategies:Handing"]
+)
+def test_the_cohort_of_flowers_strategies_is_the_runs(strategy, finals):
+    (run,) = finals(GAUSSIANS | {"strategy": strategy, "cohort": 3}).values()
     assert [line.get("cohort_size") for line in numbers(run)] == [None, 3, 3, 3, 3]
 
 
@@ -194,6 +199,37 @@ def test_training_the_head_alone(finals):
     assert torch.equal(head["0.weight"], fresh["0.weight"])
     assert not torch.equal(head["3.weight"], fresh["3.weight"])
     assert not torch.equal(whole["0.weight"], fresh["0.weight"])
+
+
+def test_a_head_may_be_a_single_parameter(finals):
+    settings = GAUSSIANS | {"model": "plugged_in:Scaled"}
+    (run,) = finals(settings | {"trainable": "head"}).values()
+    (start,) = finals(settings | {"rounds": 0}, "start").values()
+    end, fresh = (load_file(each / "final.safetensors") for each in (run, start))
+    assert end["scale"] != 1
+    assert torch.equal(end["body.weight"], fresh["body.weight"])
+
+
+def test_runs_that_are_resumed_take_what_was_measured_of_their_like(tmp_path):
+    """Of the other initialization, but neither of another batch size nor what is set by hand."""
+    run = {"dataset": "mine:data", "model": "mine:net"}
+    grid = [
+        {"initialization": ["random", "pretrained"]},
+        {"client.batch_size": [7]},
+        {"memory_format": ["contiguous"]},
+    ]
+    (tmp_path / "pair.yaml").write_text(yaml.safe_dump(run | {"grid": grid}))
+    experiment = load_experiment(tmp_path / "pair.yaml")
+    first, *others = experiment.runs
+    settled = {"memory_format": "channels_last", "together": 8}
+    RunFolder(tmp_path / first).begin(experiment.runs[first].model_copy(update=settled), {})
+    begun = as_begun(experiment, tmp_path)
+    assert [(begun[each].memory_format, begun[each].together) for each in (first, *others)] == [
+        ("channels_last", 8),
+        ("channels_last", 8),
+        ("auto", "auto"),
+        ("contiguous", "auto"),
+    ]
 
 
 def test_resume_repeats_nothing_that_is_done(fedinit, experiment, ray_started, tmp_path):

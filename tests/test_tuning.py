@@ -4,8 +4,10 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
+from safetensors.torch import save_file
 
 from experiments import tuning
 from experiments.progress import Progress
@@ -105,6 +107,39 @@ def test_a_search_whose_every_trial_diverges_keeps_the_files_rates(
     assert rule["note"] == "none of 2 trials was finite"
 
 
+def test_a_trial_that_fails_is_told_and_counted(fedinit, experiment, ray_started, tmp_path):
+    """The model is not there for size 0: it fails before it trains."""
+    search = [{"match": {}, "set": {"model_args.size": [2, -1]}}]
+    settings = QUADRATIC | {"tune": {"search": search}}
+    result = fedinit("tune", experiment(settings), "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "failed: RequestError" in result.output
+    [rule] = rates(tmp_path / "out")
+    assert "best of 2 of 2 combinations (0 stopped early, 1 failed)" in rule["note"]
+
+
+def test_arms_are_told_by_weights_as_the_file_names_them(
+    fedinit, experiment, ray_started, tmp_path
+):
+    """And each value of a proxy's own settings has a proxy."""
+    save_file({"x": torch.zeros(2, dtype=torch.float64)}, tmp_path / "start.safetensors")
+    search = [
+        {"match": {}, "set": {"client.lr": [0.5]}},
+        {"match": {"initialization": "start.safetensors"}, "set": {"client.lr": [1.0]}},
+        {"match": {"initialization": "proxy"}, "set": {"proxy.lr": [0.1, 0.2]}},
+    ]
+    settings = QUADRATIC | {
+        "grid": {"initialization": ["start.safetensors", "proxy"]},
+        "proxy": {key: QUADRATIC[key] for key in ("dataset", "dataset_args")},
+        "tune": {"search": search},
+    }
+    result = fedinit("tune", experiment(settings), "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    weights, proxy = rates(tmp_path / "out")
+    assert weights["set"] == {"client.lr": 1.0}
+    assert "best of 2 of 2 combinations (0 stopped early)" in proxy["note"]
+
+
 class Interrupting(Progress):
     """Ctrl-C after so many trials."""
 
@@ -151,6 +186,7 @@ def test_another_request_does_not_resume(fedinit, experiment, ray_started, tmp_p
     [
         ({"tune": None}, ["no `tune` section"]),
         ({"validation": 0.0}, ["validation", "fedinit tune"]),
+        ({"rounds": 0}, ["rounds", "fedinit tune"]),
         ({"tune": {"trials": 0, "search": []}}, ["tune.trials", "greater than 0"]),
         ({"tune": {"trails": 3, "search": []}}, ["tune.trails", "mean 'tune.trials'?"]),
         ({"tune": {"search": []}}, ["tune.search", "no rule matches"]),

@@ -16,7 +16,8 @@ from torch import Tensor
 from fedinit.device import free_bytes
 from fedinit.errors import RequestError, one_line
 
-IGNORED = -100  # a target that counts in no loss and no accuracy: torch's own ignore_index
+# A row's target, of several, that counts in no loss and no accuracy: torch's own ignore_index.
+IGNORED = -100
 
 
 class ClientRows(Mapping[str, np.ndarray]):
@@ -30,13 +31,24 @@ class ClientRows(Mapping[str, np.ndarray]):
 
     @classmethod
     def of(cls, clients: Mapping[str, Any]) -> "ClientRows":
-        """Build from any mapping of client id to row indices."""
+        """Build from any mapping of client id to row indices.
+
+        Raises:
+            RequestError: a client's are something else than whole numbers in one row.
+        """
         if isinstance(clients, ClientRows):
             return clients
         ids = sorted(clients)
-        parts = [np.asarray(clients[client], dtype=np.int64) for client in ids]
+        parts = [np.asarray(clients[client]) for client in ids]
+        for client, part in zip(ids, parts, strict=True):
+            if part.ndim != 1 or (part.size and part.dtype.kind not in "iu"):
+                raise RequestError(
+                    f"dataset: client '{client}' has {part.dtype} of shape {part.shape}, expected "
+                    "row numbers (n,)"
+                )
         sizes = [len(part) for part in parts]
-        return cls(ids, np.concatenate(parts or [np.zeros(0, np.int64)]), np.cumsum([0, *sizes]))
+        rows = np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
+        return cls(ids, rows, np.cumsum([0, *sizes]))
 
     @classmethod
     def by_owner(cls, owners: Sequence[str] | np.ndarray) -> "ClientRows":
@@ -79,8 +91,8 @@ class FederatedDataset:
             heads fit only where this agrees. None: no other has them.
 
     Raises:
-        RequestError: a column is no tensor, rows and targets differ in number, a client has no row,
-            or a row number is out of range.
+        RequestError: a column is no tensor, rows and targets differ in number, a row's one target
+            is `IGNORED`, a client has no row, or its row numbers are none or out of range.
     """
 
     def __init__(
@@ -118,6 +130,7 @@ class FederatedDataset:
         self.labels = labels
         if self.clients is not None:
             self._check(self.clients)
+            self._check_targets()
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -239,19 +252,31 @@ class FederatedDataset:
             rows: row numbers (n,), or (k, n) for several batches at once.
         """
         index = torch.as_tensor(rows).to(self.inputs.device)
-        return self._read(self.inputs[index]), self._read(self.targets[index])
+        return self._read(self.inputs[index], self.targets[index])
 
     def test_batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return a slice of the test set, as a model reads it."""
         if self.held_out is not None:
             return self.batch(self.held_out[start:stop])
-        return self._read(self.test_inputs[start:stop]), self._read(self.test_targets[start:stop])
+        return self._read(self.test_inputs[start:stop], self.test_targets[start:stop])
 
-    def _read(self, values: Tensor) -> Tensor:
-        values = values.to(self.device)
-        if values.dtype == torch.uint8:
-            return values.float().div_(255)
-        return values if values.is_floating_point() else values.long()
+    def _read(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        if inputs.dtype == torch.uint8:
+            inputs = inputs.float().div_(255)
+        elif not inputs.is_floating_point():
+            inputs = inputs.long()
+        return inputs, targets if targets.is_floating_point() else targets.long()
+
+    def _check_targets(self) -> None:
+        for kind, targets in ("row", self.targets), ("test row", self.test_targets):
+            labels = targets.ndim == 1 and not targets.is_floating_point()
+            if labels and targets.dtype.is_signed and (targets == IGNORED).any():
+                row = (targets == IGNORED).nonzero()[0].item()
+                raise RequestError(
+                    f"dataset: {kind} {row} has the target {IGNORED}, which counts in no loss: "
+                    "leave the row out"
+                )
 
     def _check(self, clients: ClientRows) -> None:
         if not len(clients):

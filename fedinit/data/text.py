@@ -84,7 +84,7 @@ class TextDataset:
 
     Args:
         read: takes `data_dir` and the choice of authors; returns the chosen authors' training texts
-            and the source's own test texts, or None where it has no split.
+            and those of the source's own test split, or None where it has none.
     """
 
     def __init__(self, read: Read) -> None:
@@ -115,8 +115,8 @@ class TextDataset:
             vocabulary: how many of the training texts' most frequent words are told apart, or a
                 text file with a word on each line.
             tokenizer: of the sub-words: a folder, or a name on the hub.
-            max_clients: at most so many authors.
-            min_examples: authors with fewer texts are left out.
+            max_clients: at most so many authors, of each split where the source has a test split.
+            min_examples: authors with fewer texts are left out, of each split likewise.
             max_examples_per_client: at most so many rows of each author.
             test_share: share of the authors whose texts are the test set, where the source has no
                 split of its own.

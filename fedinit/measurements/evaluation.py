@@ -19,10 +19,15 @@ def correct_by_row(outputs: Tensor, targets: Tensor) -> Tensor | None:
     """Count each row's targets (n,) that have the highest score; None if they are not labels.
 
     Args:
-        outputs: scores (n, classes, ...).
+        outputs: scores (n, classes, ...); of a single one nothing is the highest.
         targets: integer labels (n, ...).
     """
-    if targets.is_floating_point() or outputs.shape[:1] + outputs.shape[2:] != targets.shape:
+    if (
+        targets.is_floating_point()
+        or outputs.ndim < 2
+        or outputs.shape[1] < 2
+        or outputs.shape[:1] + outputs.shape[2:] != targets.shape
+    ):
         return None
     right = outputs.detach().argmax(1) == targets
     return right if right.ndim == 1 else right.flatten(1).sum(1)
@@ -35,9 +40,12 @@ def correct_predictions(outputs: Tensor, targets: Tensor) -> Tensor | None:
 
 
 def per_example(losses: Tensor, targets: Tensor) -> Tensor:
-    """Return one loss for each row: the mean over its targets where there are several."""
+    """Return one loss for each row: the mean over its targets where there are several.
+
+    That of a row without any is 0.
+    """
     sums, counts = _by_row(losses, targets)
-    return sums if counts is None else sums / counts
+    return sums if counts is None else sums / counts.clamp(min=1)
 
 
 def targets_by_row(targets: Tensor) -> Tensor | None:
@@ -88,9 +96,12 @@ def evaluate(
     loss: Callable[[Tensor, Tensor], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
 ) -> dict[str, float]:
-    """Return the number of targets as `num-examples`, mean `loss` and, for labels, `accuracy`."""
+    """Return the number of targets as `num-examples`, mean `loss` and, for labels, `accuracy`.
+
+    Where rows have several targets, but the loss one number for each row, rows are what is counted.
+    """
     # Sums that lie where the model does: a batch does not wait for the one before to be read.
-    examples = labels = loss_sum = torch.zeros((), dtype=torch.float64)
+    examples = loss_sum = torch.zeros((), dtype=torch.float64)
     correct: Tensor | None = torch.zeros((), dtype=torch.float64)
     with eval_mode(model):
         for inputs, targets in batches:
@@ -98,8 +109,10 @@ def evaluate(
             sums, counts = _by_row(loss(outputs, targets), targets)
             loss_sum = sums.double().sum() + loss_sum
             examples = examples + (len(sums) if counts is None else counts.sum())
-            labels = count_targets(targets) + labels
-            right = correct_predictions(outputs, targets)
-            correct = None if right is None or correct is None else right + correct
-    result = {"num-examples": examples.item(), "loss": (loss_sum / examples).item()}
-    return result if correct is None else result | {"accuracy": (correct / labels).item()}
+            right, of = correct_by_row(outputs, targets), targets_by_row(targets)
+            if right is not None and of is not None and counts is None:
+                right = right / of.clamp(min=1)
+            correct = None if right is None or correct is None else right.sum() + correct
+    count = examples.clamp(min=1)
+    result = {"num-examples": examples.item(), "loss": (loss_sum / count).item()}
+    return result if correct is None else result | {"accuracy": (correct / count).item()}

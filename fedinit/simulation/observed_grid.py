@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from fedinit.cohort import ARRAYS, CohortSums
 from fedinit.parameters import Layout
 from fedinit.simulation.failures import Failures
+from fedinit.simulation.flower_internals import Run
 
 
 class ObservedGrid(Grid):
@@ -67,8 +67,12 @@ class ObservedGrid(Grid):
 
         Raises:
             ClientError: a client raised, and is not to be skipped.
+            ValueError: two messages go to one node.
         """
+        messages = list(messages)
         sent = {each.metadata.dst_node_id: each for each in messages}
+        if len(sent) < len(messages):
+            raise ValueError("messages must go to distinct nodes")
         replies = list(self._grid.send_and_receive(sent.values(), timeout=timeout))
         for reply in sorted(replies, key=lambda each: each.metadata.src_node_id):
             message = sent[reply.metadata.src_node_id]

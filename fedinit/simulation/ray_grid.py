@@ -18,13 +18,12 @@ import torch
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from fedinit.cohort import ARRAYS, CohortSums
 from fedinit.errors import one_line
 from fedinit.parameters import Layout, size_in_bytes
 from fedinit.simulation.failures import Failures
-from fedinit.simulation.flower_internals import claim_identity, new_run, number
+from fedinit.simulation.flower_internals import Run, claim_identity, new_run, number
 from fedinit.simulation.worker import Answer, Assignment, Content, Share, Task
 from fedinit.simulation.workers import DIED, Workers
 

@@ -178,7 +178,8 @@ def _train(
     app: TrainsGroups, nodes: Sequence[int], content: RecordDict, sums: CohortSums, reduce: bool
 ) -> Iterator[Answer]:
     """Train clients into the sums, without messages of their own."""
-    start = sums.layout.flatten(content.array_records[ARRAYS])
+    received = content.array_records[ARRAYS]
+    start = sums.layout.flatten(received)
     try:
         waiting = deque(app.groups(content, nodes))
     except Exception as error:
@@ -196,7 +197,7 @@ def _train(
             continue
         for node, trained in zip(group, made, strict=True):
             sums.add_trained(start, trained)
-            reply = None if reduce else trained.content(sums.layout)
+            reply = None if reduce else trained.content(sums.layout, received)
             yield Answer(node, reply, None, None)
 
 

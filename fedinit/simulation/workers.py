@@ -47,11 +47,7 @@ _INLINE_BYTES = 1 << 20
 _RAY = {"RAY_max_direct_call_object_size": str(4 * _INLINE_BYTES)}
 # Processes of Ray that watch for a cluster that grows, for logs to show and for visitors of a page.
 # Nobody here asks for any of it, and of two cores they take 2%, at the start-up a second.
-_UNUSED = (
-    ray_constants.PROCESS_TYPE_MONITOR,
-    ray_constants.PROCESS_TYPE_LOG_MONITOR,
-    ray_constants.PROCESS_TYPE_DASHBOARD,
-)
+_UNUSED = ("MONITOR", "LOG_MONITOR", "DASHBOARD")
 # The process, its node, or what it had made.
 DIED = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 _ROOM_SECONDS = 20  # that a new process has to be there before one that lives takes its place
@@ -290,4 +286,5 @@ def _start_ray(import_path: Sequence[str], address: str | None) -> None:
         node: Any = ray_worker.global_worker.node
         with suppress(AttributeError):  # Ray's own names: with others, the processes stay
             for kind in _UNUSED:
-                node._kill_process_type(kind, check_alive=False, wait=True)
+                name = getattr(ray_constants, f"PROCESS_TYPE_{kind}")
+                node._kill_process_type(name, check_alive=False, wait=True)
