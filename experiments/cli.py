@@ -261,9 +261,9 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A results folder.")],
 ) -> None:
     """Make the figures and the report page of a results folder again."""
-    from fedinit.results import read_summary
+    from fedinit.results import summarize_again
 
-    _show(Console(), folder, read_summary(folder))
+    _show(Console(), folder, summarize_again(folder))
 
 
 @app.command(name="list")

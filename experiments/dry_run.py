@@ -9,6 +9,7 @@ from rich.text import Text
 
 from experiments.proxies import check
 from experiments.studies import check_study
+from experiments.unread import notes
 from experiments.wiring import Datasets, check_methods, problem_of
 from fedinit import wording
 from fedinit.config import Run
@@ -52,8 +53,8 @@ def cost_table(experiment: Experiment) -> Group:
         table.add_column(name, _write(total), justify="right", no_wrap=True)
     for label, costs in rows:
         table.add_row(Text(label), *map(_write, costs))
-    notes = [Text(f"not ready here: {reason} (first: {run})") for reason, run in reasons.items()]
-    return Group(table, *notes, *map(Text, experiment.notes))
+    missing = [f"not ready here: {reason} (first: {run})" for reason, run in reasons.items()]
+    return Group(table, *map(Text, [*missing, *notes(experiment)]))
 
 
 def _work(run: Run, problem: Problem) -> list[float]:

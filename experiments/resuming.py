@@ -105,6 +105,8 @@ class Checkpoints:
                 self._note(f"  checkpoint {path.name} cannot be used: {error}")
                 self._folder.set_aside(path)
                 continue
+            except RequestError as error:
+                raise RequestError(f"checkpoint {path}: {error}") from None
             restore(self._strategy, strategy)
             self._grid.states.update(states)
             self._note(f"  goes on after round {position.server_round}")
@@ -174,6 +176,12 @@ def check_folder(experiment: Experiment, out: Path, resume: bool) -> None:
         raise RequestError(f"--out {out}: not a folder")
     if not resume:
         raise RequestError(f"--out {out}: not empty; continue it with --resume, or name another")
+    others = sorted({path.parent.name for path in out.glob("*/run.yaml")} - experiment.runs.keys())
+    if others:
+        raise RequestError(
+            f"--resume: {out} holds a run that this experiment has not, '{others[0]}'; "
+            "name another --out"
+        )
     for label, run in as_begun(experiment, out).items():
         if not (out / label / "run.yaml").exists():
             continue

@@ -12,6 +12,7 @@ from experiments.proxies import check, train_missing
 from experiments.recording import DivergedError, MeasuringGrid, Recorder
 from experiments.resuming import Checkpoints, Position, as_begun, check_folder, results_folder
 from experiments.stopping import Stop, StoppedError
+from experiments.unread import notes
 from experiments.wiring import Datasets, Simulation, simulation
 from fedinit.config import Run
 from fedinit.errors import RequestError, WriteError, located
@@ -60,7 +61,7 @@ def run_experiment(
             raise RequestError(
                 f"{error} (run {label})" if experiment.varied else str(error)
             ) from None
-    for text in experiment.notes:
+    for text in notes(experiment):
         progress.note(text)
     train_missing(experiment.runs.values(), datasets, progress)
     with results_folder(out):

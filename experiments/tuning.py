@@ -31,6 +31,7 @@ from experiments.proxies import check, train_missing
 from experiments.recording import DivergedError
 from experiments.resuming import is_free, results_folder
 from experiments.running import train
+from experiments.unread import notes
 from experiments.wiring import Datasets, simulation
 from fedinit.config import Run, Strict, explain
 from fedinit.errors import RequestError, WriteError, located, one_line
@@ -115,7 +116,7 @@ def tune(
     ]
     request = to_json(described, indent=1)
     _check_folder(out, request, resume)
-    for text in experiment.notes:
+    for text in notes(experiment):
         progress.note(text)
     train_missing((run for arm in arms for run in arm.runs), datasets, progress)
     storage = f"sqlite:///{(out / _TRIALS).resolve()}"

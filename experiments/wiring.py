@@ -1,6 +1,7 @@
 """From a run's settings to the parts that carry it out, every one of them checked on the way."""
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +12,7 @@ import ray
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from flwr.clientapp import ClientApp
+from flwr.serverapp import strategy as flowers
 from flwr.serverapp.strategy import Strategy
 
 from clients import CLIENT_OPTIMIZERS, make_client_app
@@ -26,13 +28,30 @@ from fedinit.errors import RequestError, located, unknown
 from fedinit.initialization import Initialization
 from fedinit.measurements.evaluation import evaluate
 from fedinit.pretraining import proxy_path
-from fedinit.problem import Problem, build_problem, find_model, label_space, load_dataset
+from fedinit.problem import (
+    Problem,
+    build_problem,
+    cross_entropy,
+    find_model,
+    label_space,
+    load_dataset,
+)
 from fedinit.registry import call, resolve
 from fedinit.simulation import Failures, RayGrid, Workers
 from strategies import SERVER_OPTIMIZERS, FedOpt
 
 SETTLED = ("memory_format", "together")  # settings that a measurement replaces at the start
 STRATEGIES: dict[str, Callable[..., Strategy]] = {"fedopt": FedOpt}
+# Flower's own that look at each client's update.
+_NO_MEAN = (
+    flowers.Bulyan,
+    flowers.DifferentialPrivacyServerSideAdaptiveClipping,
+    flowers.DifferentialPrivacyServerSideFixedClipping,
+    flowers.FedMedian,
+    flowers.FedTrimmedAvg,
+    flowers.Krum,
+    flowers.QFedAvg,
+)
 
 
 class Datasets:
@@ -258,6 +277,11 @@ def make_strategy(run: Run, problem: Problem) -> Strategy:
             f"strategy: '{run.strategy}' is a {type(strategy).__name__}, expected a "
             "flwr.serverapp.strategy.Strategy"
         )
+    if run.reduce == "worker" and isinstance(strategy, _NO_MEAN):
+        raise RequestError(
+            f"reduce: workers average, {type(strategy).__name__} needs each client's reply; valid: "
+            "auto, client"
+        )
     return strategy
 
 
@@ -307,9 +331,16 @@ def try_out(run: Run, problem: Problem) -> None:
     Raises:
         RequestError: they do not fit.
     """
-    shape = tuple(problem.dataset.inputs.shape[1:])
+    shape, targets = tuple(problem.dataset.inputs.shape[1:]), problem.dataset.targets
+    if problem.loss is cross_entropy and targets.ndim == 1 and targets.min() < 0:
+        raise RequestError(
+            f"dataset: '{run.dataset}' has the target {targets.min()}, loss '{run.loss}' needs "
+            "labels from 0"
+        )
     try:
-        evaluate(problem.model, problem.loss, [problem.dataset.test_batch(0, 2)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one line is enough
+            evaluate(problem.model, problem.loss, [problem.dataset.test_batch(0, 2)])
     except Exception as error:  # whatever a user's model or loss raises
         raise RequestError(
             f"model '{run.model}' with loss '{run.loss}' does not fit rows of shape {shape} of "

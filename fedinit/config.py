@@ -247,4 +247,7 @@ def explain(error: ValidationError, known: Iterable[str], section: str = "") -> 
         return RequestError(f"{key}: required key is missing")
     while key not in known and "." in key:  # pydantic adds which of a key's types it tried
         key = key.rpartition(".")[0]
-    return RequestError(f"{key}: {one_line(first['msg'])}, got {first['input']!r}")
+    one = first["type"] in ("int_type", "float_type", "string_type", "bool_type")
+    listed = one and isinstance(first["input"], list)
+    several = f"; several values: grid: {{{key}: [...]}}" if listed else ""
+    return RequestError(f"{key}: {one_line(first['msg'])}, got {first['input']!r}{several}")

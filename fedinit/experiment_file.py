@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-import yaml
 from pydantic import BaseModel, ConfigDict
 
 from fedinit.config import Run, dotted_keys, get, is_argument, make_run, unknown_key
 from fedinit.errors import RequestError, one_line, unknown
+from fedinit.yaml_settings import is_settings, parse_value, read_settings
 
 _BESIDE_A_RUN = ("name", "study", "grid", "when", "rules", "presets", "tune")
 LONGEST = 150  # characters of a run's name
-_MOST_VALUES = 1_000_000  # in a file
 
 
 class Experiment(BaseModel):
@@ -57,65 +56,6 @@ class Experiment(BaseModel):
         return {key: get(written, key) for key in self.varied}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, as YAML 1.2 has it: `1e-3` is a number, and no key is given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """See `yaml.SafeLoader`.
-
-        Raises:
-            yaml.YAMLError: a key is given twice.
-        """
-        given = set()
-        for key, _ in node.value:
-            name = (key.tag, str(key.value))
-            if name in given:
-                problem = f"'{key.value}' is given twice"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            given.add(name)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
-
-
-# Beside YAML's own: not UTF-8 or a date that does not exist; thousands of nested brackets.
-_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
-
-
-def parse_value(text: str) -> Any:
-    """Read one YAML value, as `--set key=value` gives it."""
-    try:
-        return _read(text)
-    except _NOT_YAML as error:
-        raise RequestError(f"'{text}' is not a YAML value: {_why(error)}") from None
-
-
-def _why(error: Exception) -> str:
-    """Say what is wrong, and in which line."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        return one_line(f"{error.problem} (line {error.problem_mark.line + 1})")
-    return one_line(error)
-
-
-def _read(text: str) -> Any:
-    """Read YAML; refuse aliases of aliases that stand for more than a file can hold."""
-    content = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    waiting, seen = [content], 0
-    while waiting:
-        each = waiting.pop()
-        seen += 1
-        if isinstance(each, dict | list):
-            waiting += each.values() if isinstance(each, dict) else each
-        if seen > _MOST_VALUES:
-            raise ValueError(f"it stands for over {_MOST_VALUES} values")
-    return content
-
-
 def override(text: str) -> tuple[str, Any]:
     """Read `dotted.key=value`, as --set gives it.
 
@@ -128,23 +68,6 @@ def override(text: str) -> tuple[str, Any]:
     return key, parse_value(value)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Read a YAML file of `key: value` settings.
-
-    Raises:
-        RequestError: the file cannot be read, or holds something else.
-    """
-    try:
-        content = _read(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(f"{path}: {error.strerror}") from None
-    except _NOT_YAML as error:
-        raise RequestError(f"{path} is not YAML: {_why(error)}") from None
-    if not _is_settings(content):
-        raise RequestError(f"{path}: expected `key: value` settings at the top level")
-    return content
-
-
 def load_experiment(
     path: Path, overrides: Iterable[str] = (), preset: str | None = None
 ) -> Experiment:
@@ -153,7 +76,7 @@ def load_experiment(
     Args:
         path: a YAML file.
         overrides: `dotted.key=value` settings that win over the file's, its grid and its rules;
-            a key that starts with `grid.` sets or adds an axis.
+            a key that starts with `grid.` sets or adds an axis, one with `tune.` is the search's.
         preset: which of the file's presets; by default the first one.
 
     Raises:
@@ -168,8 +91,10 @@ def load_experiment(
         for key, value in map(override, overrides):
             if key.startswith("grid."):
                 grids = _grids([grid | {key[5:]: value} for grid in grids])
+            elif key.startswith("tune."):
+                raw = _merge(raw, {"tune": {key[5:]: value}})
             else:
-                fixed[key] = value
+                fixed |= _dotted({key: value})
         shared = [rule for file in _files(raw) for rule in _rules_of(path.parent / file)]
         own = check_rules("when", raw.pop("when", None) or [])
         beside = {key: raw.pop(key, None) for key in ("name", "study", "tune")}
@@ -180,13 +105,16 @@ def load_experiment(
         study, tune = beside["study"], beside["tune"]
         if not isinstance(study, str | None):
             raise RequestError(f"study: expected a str, got {study!r}")
-        if tune is not None and not _is_settings(tune):
+        if tune is not None and not is_settings(tune):
             raise RequestError(f"tune: expected a dict of keys and values, got {tune!r}")
         folder = path.resolve().parent
-        runs, used = _spell_out(name, folder, raw, grids, [*shared, *own], fixed)
+        axes = [_axes(grid, fixed) for grid in grids]
+        runs, used = _spell_out(name, folder, raw, axes, [*shared, *own], fixed)
     except RequestError as error:
         raise RequestError(f"{path}: {error}") from None
-    varied = dict.fromkeys(key for grid in grids for key in grid if not _is_fixed(key, fixed))
+    varied = dict.fromkeys(
+        key for grid in axes for options in grid for option in options for key in option
+    )
     return Experiment(
         name=name,
         folder=folder,
@@ -211,7 +139,7 @@ def check_rules(key: str, rules: Any) -> list[dict[str, Any]]:
     for rule in rules if isinstance(rules, list) else [rules]:
         good = isinstance(rule, dict) and {"match", "set"} <= set(rule) <= {"match", "set", "note"}
         if not isinstance(rules, list) or not (
-            good and _is_settings(rule["match"]) and _is_settings(rule["set"])
+            good and is_settings(rule["match"]) and is_settings(rule["set"])
         ):
             raise RequestError(
                 f"{key}: expected a list of {{match: {{dotted key: value}}, "
@@ -248,7 +176,7 @@ def _check_keys(settings: Mapping[str, Any]) -> None:
 
 def _lay_preset_over(raw: dict[str, Any], preset: str | None) -> dict[str, Any]:
     presets = raw.pop("presets", None) or {}
-    if not _is_settings(presets) or not all(_is_settings(each) for each in presets.values()):
+    if not is_settings(presets) or not all(is_settings(each) for each in presets.values()):
         raise RequestError("presets: expected `name: {key: value}`")
     if not presets and preset is None:
         return raw
@@ -296,7 +224,7 @@ def _rules_of(path: Path) -> list[dict[str, Any]]:
 def _grids(given: Any) -> list[dict[str, list[Any]]]:
     grids = given if isinstance(given, list) and given else [given or {}]
     for grid in grids:
-        if not _is_settings(grid):
+        if not is_settings(grid):
             raise RequestError(f"grid: expected `dotted.key: [values]`, got {grid!r}")
         for key, values in grid.items():
             if not isinstance(values, list) or not values:
@@ -304,22 +232,53 @@ def _grids(given: Any) -> list[dict[str, list[Any]]]:
     return grids
 
 
+def _axes(grid: Mapping[str, list[Any]], fixed: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
+    """Return each axis of a grid as the settings of its values, but for those that are fixed."""
+    axes = []
+    for key, values in grid.items():
+        options = [_dotted({key: value}) for value in values]
+        left = [
+            {name: value for name, value in option.items() if name not in fixed}
+            for option in options
+        ]
+        if left != options:  # what is fixed told them apart
+            left = [option for at, option in enumerate(left) if option not in left[:at]]
+        axes.append(left)
+    return axes
+
+
+def _dotted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by dotted key: a section's mapping stands for the keys that it names."""
+    dotted: dict[str, Any] = {}
+    for key, value in settings.items():
+        section = isinstance(value, dict) and any(
+            each.startswith(f"{key}.") for each in dotted_keys()
+        )
+        dotted |= (
+            {f"{key}.{inner}": each for inner, each in value.items()} if section else {key: value}
+        )
+    return dotted
+
+
 def _spell_out(
     name: str,
     folder: Path,
     raw: dict[str, Any],
-    grids: list[dict[str, list[Any]]],
+    grids: list[list[list[dict[str, Any]]]],
     rules: list[dict[str, Any]],
     fixed: dict[str, Any],
 ) -> tuple[dict[str, Run], set[int]]:
     """Return the runs by label, and the places of the rules that matched one."""
     runs: dict[str, Run] = {}
     used: set[int] = set()
-    for grid in grids:
+    for axes in grids:
         labels = set()
-        axes = {key: values for key, values in grid.items() if not _is_fixed(key, fixed)}
-        for combination in itertools.product(*axes.values()):
-            arm = dict(zip(axes, combination, strict=True))
+        for combination in itertools.product(*axes):
+            keys = [key for option in combination for key in option]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise RequestError(f"grid: {key} is on two axes")
+            arm = dict(itertools.chain(*(option.items() for option in combination)))
             settings = deepcopy(raw)
             _apply(settings, arm | fixed)
             run = make_run(settings)
@@ -327,7 +286,7 @@ def _spell_out(
             for at, rule in enumerate(rules):
                 if matches(run, rule):
                     used.add(at)
-                    _apply(settings, rule["set"] | fixed)
+                    _apply(settings, _dotted(rule["set"]) | fixed)
                     run = make_run(settings)
             label = _label(arm) or name
             for key, value in chosen.items():
@@ -341,11 +300,6 @@ def _spell_out(
                 raise RequestError(f"grid: two runs are both {label}")
             labels.add(label)
     return runs, used
-
-
-def _is_fixed(key: str, fixed: Mapping[str, Any]) -> bool:
-    """Whether an override sets a key, or the section that it is in."""
-    return any(key == each or key.startswith(f"{each}.") for each in fixed)
 
 
 def _label(arm: Mapping[str, Any]) -> str:
@@ -362,7 +316,7 @@ def _with_weights_beside(run: Run, folder: Path) -> Run:
 
 
 def _apply(settings: dict[str, Any], dotted: Mapping[str, Any]) -> None:
-    for key, value in dotted.items():
+    for key, value in _dotted(dotted).items():
         *sections, last = key.split(".")
         if sections and not is_argument(key) and key not in dotted_keys():
             raise unknown_key(key, dotted_keys())
@@ -372,10 +326,6 @@ def _apply(settings: dict[str, Any], dotted: Mapping[str, Any]) -> None:
             if not isinstance(inner, dict):
                 raise RequestError(f"{key}: {section} holds {inner!r}, not a mapping")
         inner[last] = deepcopy(value)
-
-
-def _is_settings(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
 def _slug(text: str) -> str:

@@ -100,10 +100,15 @@ def from_file(
         elif fits(name):
             record.loaded.append(name)
         else:
-            found = f"has shape {tuple(weights[name].shape)}" if name in weights else "is missing"
-            raise RequestError(
-                f"initialization: {path}: '{name}' {found}, the model's is {tuple(value.shape)}"
-            )
+            there = f"has shape {tuple(weights[name].shape)}" if name in weights else "is missing"
+            told = f"'{name}' {there}, the model's is {tuple(value.shape)}"
+            if name not in weights:
+                told += f"; the file has {', '.join(list(weights)[:3]) or 'nothing'} ..."
+            elif head is None:
+                told += "; an attribute `head` of the model's function names what may stay fresh"
+            raise RequestError(f"initialization: {path}: {told}")
+        if name in record.loaded and not torch.isfinite(weights[name]).all():
+            raise RequestError(f"initialization: {path}: '{name}' is not finite")
     tied = state.keys() - own.keys()
     record.unused = [name for name in weights if name not in record.loaded and name not in tied]
     for name in record.unused:

@@ -93,7 +93,11 @@ def build_problem(run: Run, dataset: FederatedDataset) -> Problem:
         _freeze_body(model, run.model, spec.head)
     loss = resolve("loss", run.loss, LOSSES)
     if run.loss_args:
-        loss = call("loss", loss, run.loss_args)
+        try:
+            loss = call("loss", loss, run.loss_args)
+        except RequestError as error:
+            told = "with loss_args it is called with them alone, to return the loss"
+            raise RequestError(f"{error}; {told}") from None
     return Problem(dataset, model, loss, Layout.of(model))
 
 

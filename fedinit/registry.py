@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedinit.errors import RequestError, located, suggestion, unknown
+from fedinit.errors import RequestError, located, named, suggestion, unknown
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -26,11 +26,14 @@ def resolve(kind: str, name: str, known: Mapping[str, Any]) -> Any:
     module_name, _, attribute = name.partition(":")
     try:
         value: Any = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module raises while it is imported
+        raise RequestError(f"{kind}: cannot import '{name}': {located(error)}") from None
+    try:
         for part in attribute.split("."):
             value = getattr(value, part)
-    except Exception as error:  # whatever the user's module raises while it is imported
-        near = suggestion(error.name, dir(error.obj)) if isinstance(error, AttributeError) else ""
-        raise RequestError(f"{kind}: cannot import '{name}': {located(error)}{near}") from None
+    except AttributeError as error:
+        near = suggestion(error.name, dir(error.obj))
+        raise RequestError(f"{kind}: cannot import '{name}': {named(error)}{near}") from None
     return value
 
 
@@ -53,11 +56,11 @@ def call(kind: str, function: Any, arguments: Mapping[str, Any], **offered: Any)
     Raises:
         RequestError: an argument is unknown or missing, or the user's own code raises.
     """
-    taken, takes_any = _taken(function)
+    names, takes_any = taken(function)
     for name in arguments:
-        if not takes_any and name not in taken:
-            raise unknown(f"{kind}_args key", name, taken)
-    asked = {name: value for name, value in offered.items() if name in taken}
+        if not takes_any and name not in names:
+            raise unknown(f"{kind}_args key", name, names)
+    asked = {name: value for name, value in offered.items() if name in names}
     try:
         return function(**{**asked, **arguments})
     except RequestError:
@@ -67,7 +70,7 @@ def call(kind: str, function: Any, arguments: Mapping[str, Any], **offered: Any)
         raise RequestError(f"{kind}: {name} failed: {located(error)}") from None
 
 
-def _taken(function: Any) -> tuple[list[str], bool]:
+def taken(function: Any) -> tuple[list[str], bool]:
     """Return the names of the arguments that a function or class takes, and whether any is taken.
 
     What a class takes as `**kwargs` it hands on to its base: that one's arguments are its own.

@@ -29,8 +29,9 @@ from safetensors.torch import load_file, save
 from fedinit.checkpoints import DamagedError
 from fedinit.config import Run, make_run, to_yaml
 from fedinit.errors import RequestError, WriteError, one_line
-from fedinit.experiment_file import Experiment, read_settings
+from fedinit.experiment_file import Experiment
 from fedinit.wording import cell
+from fedinit.yaml_settings import read_settings
 
 SUMMARY = "summary.json"
 DONE, DIVERGED, FAILED, UNFINISHED = "done", "diverged", "failed", "unfinished"
@@ -299,20 +300,48 @@ def _line(text: bytes) -> dict[str, Any]:
 
 def summarize(folder: Path, experiment: Experiment) -> dict[str, Any]:
     """Write summary.json and summary.csv of the runs under `folder`; return the summary."""
-    rows = [_summary_row(folder, label, experiment, run) for label, run in experiment.runs.items()]
+    rows = [
+        {
+            "run": label,
+            "status": UNFINISHED,
+            **experiment.arm(run),
+            **_outcome(RunFolder(folder / label), run.target_accuracy),
+        }
+        for label, run in experiment.runs.items()
+    ]
     summary = {
         "name": experiment.name,
         "study": experiment.study,
         "varied": experiment.varied,
         "runs": rows,
     }
+    _write_summary(folder, summary)
+    return summary
+
+
+def summarize_again(folder: Path) -> dict[str, Any]:
+    """Read the summary of `folder` and bring it up to what its runs have come to since.
+
+    Raises:
+        RequestError: `folder` holds no results.
+    """
+    summary = read_summary(folder)
+    for row in summary["runs"]:
+        at = RunFolder(folder / row["run"])
+        if (at.path / "run.yaml").exists():
+            row.update(_outcome(at, at.run.target_accuracy))
+    _write_summary(folder, summary)
+    return summary
+
+
+def _write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    rows = summary["runs"]
     write_atomically(folder / SUMMARY, to_json(summary, indent=1).encode())
     table = io.StringIO()
     writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: cell(value) for key, value in row.items()} for row in rows)
     write_atomically(folder / "summary.csv", table.getvalue().encode())
-    return summary
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -338,24 +367,17 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def _summary_row(folder: Path, label: str, experiment: Experiment, run: Run) -> dict[str, Any]:
-    at = RunFolder(folder / label)
-    rounds = at.rounds
+def _outcome(at: RunFolder, target: float | None) -> dict[str, Any]:
+    status, rounds = at.status, at.rounds
     tested = [line for line in rounds if line.get("test_loss") is not None]
     accuracies = [line for line in tested if line.get("test_accuracy") is not None]
-    status = at.status
     last = tested[-1] if tested and status == DONE else {}  # what was broken off has no end
-    target = run.target_accuracy
-    reached = [
-        line["round"]
-        for line in accuracies
-        if target is not None and line["test_accuracy"] >= target
-    ]
+    least = math.inf if target is None else target
+    reached = [line["round"] for line in accuracies if line["test_accuracy"] >= least]
     return {
-        "run": label,
         "status": status,
-        **experiment.arm(run),
         "rounds_done": rounds[-1]["round"] if rounds else 0,
+        "initial_test_accuracy": rounds[0].get("test_accuracy") if rounds else None,
         "initial_test_loss": rounds[0]["test_loss"] if rounds else None,
         "final_test_accuracy": last.get("test_accuracy"),
         "final_test_loss": last.get("test_loss"),

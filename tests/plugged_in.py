@@ -202,6 +202,13 @@ class Recurrent(nn.Module):
         return self.lstm(images.flatten(2).transpose(1, 2).reshape(len(images), -1, 16))[0][:, -1]
 
 
+def signs() -> FederatedDataset:
+    """Labels of -1 and 1, for a loss that takes them."""
+    points, labels = torch.ones(4, 8), torch.tensor([-1, 1, -1, 1])
+    rows = {"a": [0], "b": [1], "c": [2], "d": [3]}
+    return FederatedDataset(points, labels, rows, points, labels)
+
+
 def other_gaussians() -> FederatedDataset:
     """The same points, of which nobody says that their labels mean the same."""
     return gaussians()

@@ -1,6 +1,7 @@
 """Every wrong request ends in one clear line and exit status 2, before Ray starts."""
 
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from fedinit import assets
+from fedinit.errors import RequestError
+from fedinit.simulation.workers import _start_ray
 
 RUN = {
     "dataset": "plugged_in:gaussians",
@@ -109,6 +112,24 @@ CASES = {
         {"model": "plugged_in:headless", "trainable": "head"},
         ["trainable", "'plugged_in:headless'", "'nowhere'", "valid: 0"],
     ),
+    "axes that meet": (
+        {"grid": {"client.lr": [0.1], "client": [{"lr": 0.2, "mu": 0.1}]}},
+        ["grid: client.lr is on two axes"],
+    ),
+    "several values of one": ({"seed": [0, 1]}, ["seed: ", "[0, 1]", "grid: {seed: [...]}"]),
+    "a median in the workers": (
+        {"strategy": "flwr.serverapp.strategy:FedMedian", "reduce": "worker"},
+        ["reduce: workers average, FedMedian needs each client's reply", "valid: auto, client"],
+    ),
+    "labels below zero": (
+        {"dataset": "plugged_in:signs"},
+        ["'plugged_in:signs' has the target -1", "labels from 0"],
+    ),
+    "a loss that is no factory": (
+        {"loss": "plugged_in:half_squared_error", "loss_args": {"outputs": 1}},
+        ["half_squared_error failed", "with loss_args it is called with them alone"],
+    ),
+    "a cnn of numbers": ({"model": "cnn"}, ["model: cnn reads images", "not (8,)"]),
     "a parameter that NumPy lacks": (
         {"model": "plugged_in:bfloat16_classifier"},
         ["model: 'weight' is torch.bfloat16", "arrays cannot hold"],
@@ -362,3 +383,11 @@ def test_results_are_never_overwritten(fedinit, experiment, tmp_path):
     result = fedinit("run", experiment(RUN), "--out", out)
     assert (result.exit_code, "--resume" in result.stderr) == (2, True)
     assert [each.name for each in out.iterdir()] == ["thesis.txt"]
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(RequestError, match=f"--address {address}: nobody answers: .*refused"):
+        _start_ray([], address)

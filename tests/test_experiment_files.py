@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from experiments.cli import app
+from experiments.unread import notes
 from fedinit.errors import RequestError
 from fedinit.experiment_file import load_experiment
 
@@ -233,3 +234,51 @@ def test_an_overridden_section_takes_its_keys_out_of_the_grid(folder):
     for each in experiment.runs.values():
         assert each.client.lr == 0.5
         assert each.proxy.dataset_args == {"clients": 3}
+
+
+def test_a_mapping_on_an_axis_stands_for_its_keys(folder):
+    """The file's other settings of the section stay, and each key is a column of its own."""
+    file = folder / "mappings.yaml"
+    methods = [{"optimizer": "proximal", "mu": 0.1}, {"optimizer": "sgd"}]
+    run = {"dataset": "mine:data", "model": "mine:net", "client": {"lr": 0.3}}
+    file.write_text(yaml.safe_dump(run | {"grid": {"client": methods}}, sort_keys=False))
+    experiment = load_experiment(file)
+    assert experiment.varied == ["client.optimizer", "client.mu"]
+    assert list(experiment.runs) == [
+        "client.optimizer=proximal,client.mu=0.1",
+        "client.optimizer=sgd",
+    ]
+    found = [(each.client.lr, each.client.mu) for each in experiment.runs.values()]
+    assert found == [(0.3, 0.1), (0.3, 0.0)]
+    (only,) = load_experiment(file, ["client.optimizer=nova", "client.mu=0"]).runs.values()
+    assert (only.client.optimizer, only.client.mu) == ("nova", 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "unread"),
+    [
+        ({"grid": {"partition.alpha": [0.1, 1.0]}}, ["partition.alpha"]),
+        ({"grid": {"server.momentum": [0.1, 0.9], "server.lr": [0.1, 1]}}, ["server.momentum"]),
+        ({"grid": {"server.eps": [1, 2], "server.optimizer": ["sgd", "adam"]}}, []),
+        (
+            {"strategy": "flwr.serverapp.strategy:FedAdam", "grid": {"server.lr": [0.1, 1]}},
+            ["server.lr"],
+        ),
+        ({"grid": {"client.mu": [0.1, 1], "client.optimizer": ["sgd", "gd"]}}, ["client.mu"]),
+        ({"client": {"optimizer": "nova"}, "grid": {"client.mu": [0.1, 1]}}, []),
+        ({"grid": {"proxy.lr": [0.1, 1], "normalization": ["loaded", "fresh"]}}, None),
+    ],
+)
+def test_an_axis_that_no_run_reads_is_told(settings, unread, folder):
+    file = folder / "axes.yaml"
+    file.write_text(yaml.safe_dump({"dataset": "mine:data", "model": "mine:net"} | settings))
+    experiment = load_experiment(file)
+    keys = list(experiment.varied) if unread is None else unread
+    assert notes(experiment) == [f"grid: no run reads {key}: it changes nothing" for key in keys]
+
+
+def test_the_search_may_be_overridden(folder):
+    file = folder / "tune.yaml"
+    run = {"dataset": "mine:data", "model": "mine:net", "tune": {"trials": 5, "search": []}}
+    file.write_text(yaml.safe_dump(run))
+    assert load_experiment(file, ["tune.trials=2"]).tune == {"trials": 2, "search": []}

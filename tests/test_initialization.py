@@ -191,3 +191,19 @@ def test_tied_weights_are_read_as_they_are_written(tmp_path, names):
     from_file(model, tmp_path / "tied.safetensors", None, "file")
     assert torch.equal(model.output.weight, values)
     assert model.output.weight is model.embedding.weight
+
+
+@pytest.mark.parametrize(
+    ("weights", "texts"),
+    [
+        ({"0.weight": torch.full((3, 2), torch.nan)}, ["'0.weight' is not finite"]),
+        ({"module.0.weight": torch.ones(3, 2)}, ["'0.weight' is missing", "module.0.weight ..."]),
+        ({"0.weight": torch.ones(4, 2)}, ["(4, 2)", "an attribute `head`"]),
+    ],
+)
+def test_weights_that_do_not_fit_say_what_would(weights, texts, tmp_path):
+    save_file(weights, tmp_path / "w.safetensors")
+    model = nn.Sequential(nn.Linear(2, 3, bias=False))
+    with pytest.raises(RequestError) as refused:
+        from_file(model, tmp_path / "w.safetensors", None, "a file")
+    assert all(text in str(refused.value) for text in texts), refused.value

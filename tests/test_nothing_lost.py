@@ -255,6 +255,11 @@ def test_a_changed_setting_is_named(fedinit, experiment, ray_started, tmp_path):
     ]
     same = fedinit("run", file, "--out", out, "--resume", "--set", "checkpoint_every=1")
     assert same.exit_code == 0, same.output
+    before = outcome(out)
+    other = fedinit("run", file, "--out", out, "--resume", "--set", "server.optimizer=adam")
+    assert other.exit_code == 2
+    assert f"holds a run that this experiment has not, '{RUNS[0]}'" in other.stderr
+    assert outcome(out) == before
 
 
 @pytest.fixture

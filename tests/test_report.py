@@ -11,7 +11,9 @@ from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from experiments.cli import app
 from experiments.studies import find
 from fedinit.config import Run
 from fedinit.drawing import PALETTE
@@ -295,3 +297,26 @@ def test_a_line_cut_off_by_a_crash_is_not_a_round(tmp_path: Path) -> None:
     with (folder / "rounds.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"round": 3, "test_l')
     assert [line["round"] for line in RunFolder(folder).rounds] == [0, 1, 2]
+
+
+def test_a_report_knows_what_a_killed_run_had_done(tmp_path: Path) -> None:
+    """The summary is of the beginning; two rounds were recorded since."""
+    out = tmp_path / "out"
+    (tmp_path / "run.yaml").write_text("{dataset: toy, model: tiny, target_accuracy: 0.5}")
+    experiment = load_experiment(tmp_path / "run.yaml")
+    ((label, run),) = experiment.runs.items()
+    out.mkdir()
+    summarize(out, experiment)
+    folder = RunFolder(out / label)
+    folder.begin(run, {})
+    for number, accuracy in enumerate((0.25, 0.75)):
+        measured = {"test_loss": 1.0 - accuracy, "test_accuracy": accuracy, "wall_seconds": 2.0}
+        folder.append({"round": number, **measured})
+    result = CliRunner().invoke(app, ["report", str(out)])
+    assert result.exit_code == 0, result.output
+    (row,) = read_summary(out)["runs"]
+    assert (row["status"], row["rounds_done"], row["wall_seconds"]) == ("unfinished", 1, 4.0)
+    assert (row["initial_test_accuracy"], row["best_test_accuracy"]) == (0.25, 0.75)
+    assert (row["final_test_accuracy"], row["rounds_to_target"]) == (None, 1)
+    (line,) = csv.DictReader((out / "summary.csv").read_text().splitlines())
+    assert line["rounds_done"] == "1"

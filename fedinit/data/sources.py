@@ -1,6 +1,7 @@
 """Where data sets come from: files in a folder, or the Hugging Face hub."""
 
 import json
+import logging
 import lzma
 import shutil
 from collections.abc import Sequence
@@ -57,6 +58,7 @@ def read_hub(
     """
     from datasets import load_dataset
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each attempt
     try:
         return load_dataset(repository, part, split=split).select_columns(list(columns)).data.table
     except Exception as error:  # the network, the hub, and what it holds

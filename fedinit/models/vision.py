@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedinit.errors import RequestError
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALLEST = 32  # below this SqueezeNet's pooling has nothing left to pool
 
@@ -43,6 +45,8 @@ def _torchvision(name: str, **settings: Any) -> nn.Module:
 
 def cnn(num_classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
     """Two 5x5 convolutions of 16 and 32 channels with max-pooling, a hidden layer of 64."""
+    if len(input_shape) != 3:
+        raise RequestError(f"model: cnn reads images (channels, height, width), not {input_shape}")
     channels, height, width = input_shape
     return nn.Sequential(
         nn.Conv2d(channels, 16, 5, padding=2),

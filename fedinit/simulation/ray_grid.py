@@ -20,12 +20,11 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedinit.cohort import ARRAYS, CohortSums
-from fedinit.errors import one_line
 from fedinit.parameters import Layout, size_in_bytes
 from fedinit.simulation.failures import Failures
 from fedinit.simulation.flower_internals import Run, claim_identity, new_run, number
 from fedinit.simulation.worker import Answer, Assignment, Content, Share, Task
-from fedinit.simulation.workers import DIED, Workers
+from fedinit.simulation.workers import DIED, Workers, why_died
 
 _DEATHS = 3  # of workers, on the same share, that end a run
 
@@ -264,7 +263,7 @@ class RayGrid(Grid):
         if sent.deaths == _DEATHS:
             clients = ", ".join(map(self.failures.name, sent.messages))
             raise WorkerError(
-                f"{_DEATHS} workers died on the same share, of clients {clients}: {one_line(error)}"
+                f"{_DEATHS} workers died on the same share, of clients {clients}: {why_died(error)}"
             )
         self._workers.replace(sent.worker)
         self._start(sent)

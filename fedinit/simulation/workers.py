@@ -8,6 +8,7 @@ a place, and so every result, stays the same.
 import ctypes
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Self
@@ -51,6 +52,7 @@ _UNUSED = ("MONITOR", "LOG_MONITOR", "DASHBOARD")
 # The process, its node, or what it had made.
 DIED = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 _ROOM_SECONDS = 20  # that a new process has to be there before one that lives takes its place
+_ANSWER_SECONDS = 10  # that a cluster's address has to answer
 _PATIENCE = 300  # seconds that a process may take to start where there is no other
 
 
@@ -207,7 +209,7 @@ class Workers:
             message = "no worker is left, and Ray has no room for a new one"
             raise RuntimeError(message) from None
         except DIED as error:
-            raise RuntimeError(f"no worker is left: {one_line(error)}") from None
+            raise RuntimeError(f"no worker is left: {why_died(error)}") from None
 
     def _lives(self, actor: Any) -> bool:
         try:
@@ -223,6 +225,11 @@ class Workers:
 
     def _new_actor(self) -> Any:
         return self._actor.remote(self._import_path)
+
+
+def why_died(error: Exception) -> str:
+    """Return what Ray says first of a death; ids and addresses follow."""
+    return one_line(str(error).partition("\n")[0])
 
 
 def _get(ref: ray.ObjectRef, timeout: float | None = None) -> Any:
@@ -258,6 +265,21 @@ def _keep_freed_memory() -> None:
             mallopt(option, value)
 
 
+def _check_address(address: str) -> None:
+    """Check that somebody is there: Ray itself asks again and again, for many minutes.
+
+    Raises:
+        RequestError: nobody is.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or "/" in host:
+        return  # `auto`, or another of Ray's own ways to say it
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise RequestError(f"--address {address}: nobody answers: {one_line(error)}") from None
+
+
 def _start_ray(import_path: Sequence[str], address: str | None) -> None:
     """Start Ray where nobody else reaches it, or join a cluster.
 
@@ -272,6 +294,7 @@ def _start_ray(import_path: Sequence[str], address: str | None) -> None:
     ray_constants.ENABLE_RAY_CLUSTER = address is not None
     settings: dict[str, Any] = {"address": "local", "include_dashboard": False}
     if address is not None:
+        _check_address(address)
         settings = {"address": address}
         if import_path:  # nobody says that the machines share a file system
             excluded = ["results", ".git", "*.safetensors", "*.parquet", "*.arrow", "*.jsonl"]
