@@ -24,6 +24,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 typer.core.HAS_RICH = False
 EXPERIMENTS = Path(__file__).parent
 YAML = (".yaml", ".yml")
+_FILE_WIDTH = 160  # columns of a table that is not shown in a terminal
 FAILED, WRONG_REQUEST, STOPPED = 1, 2, 130  # exit status; the last is a shell's after Ctrl-C
 
 app = typer.Typer(
@@ -103,7 +104,7 @@ def run(
     from experiments.stopping import StoppedError
     from fedinit.results import DONE, SUMMARY, read_summary
 
-    console = Console()
+    console = _console()
     loaded = _load(experiment, settings, preset)
     folder = _results_folder(out, resume, loaded.name)
     if dry_run:
@@ -142,7 +143,7 @@ def tune(
     from experiments import tuning
     from experiments.progress import Progress
 
-    console = Console()
+    console = _console()
     loaded = _load(experiment, settings, preset)
     progress = Progress(console, len(loaded.runs))
     folder = _results_folder(out, resume, loaded.name)
@@ -161,7 +162,7 @@ def pretrain(experiment: File, settings: Settings = None, preset: Preset = None)
     from experiments.proxies import check, train_missing
     from experiments.wiring import Datasets
 
-    console = Console()
+    console = _console()
     loaded = _load(experiment, settings, preset)
     runs = [run for run in loaded.runs.values() if run.initialization == "proxy"]
     if not runs:
@@ -191,7 +192,7 @@ def data(
     from fedinit.data import DATASETS, partitioned
     from fedinit.registry import add_to_path
 
-    console = Console()
+    console = _console()
     datasets = Datasets()
     if name in DATASETS or ":" in name:
         add_to_path([os.getcwd()])  # as an experiment file's folder is
@@ -249,7 +250,7 @@ def bench(
     """
     from experiments.bench import command
 
-    console = Console()
+    console = _console()
     names = experiments or ["w1", "w2", "w3"]
     loaded = [_load(name, settings, None) for name in names]
     command.bench(loaded, out or _new_folder("bench"), repetitions, flower, scaling, console)
@@ -263,7 +264,7 @@ def report(
     """Make the figures and the report page of a results folder again."""
     from fedinit.results import summarize_again
 
-    _show(Console(), folder, summarize_again(folder))
+    _show(_console(), folder, summarize_again(folder))
 
 
 @app.command(name="list")
@@ -272,7 +273,7 @@ def list_names() -> None:
     """Show what an experiment file can name, and what each needs."""
     from experiments.listing import tables
 
-    console = Console()
+    console = _console()
     for table in tables():
         console.print(table)
 
@@ -306,6 +307,14 @@ def _show(console: Console, folder: Path, summary: dict[str, Any]) -> None:
     if finding is not None:
         say(finding.sentence)
     say(f"report: {write_report(folder, finding)}")
+
+
+def _console() -> Console:
+    """Return the console; what goes into a file or a pipe need not be broken at 80 columns."""
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _FILE_WIDTH
+    return console
 
 
 def _results_folder(out: Path | None, resume: bool, name: str) -> Path:

@@ -58,8 +58,12 @@ def load_dataset(run: Run) -> FederatedDataset:
 
 
 def label_space(run: Run, dataset: FederatedDataset) -> str:
-    """Return what names the meaning of a data set's labels: its own word for it, or its name."""
-    return dataset.labels or run.dataset
+    """Return what names the meaning of a data set's labels: its own word for it, or its name.
+
+    What one's own function makes may depend on its arguments.
+    """
+    own = ":" in run.dataset and run.dataset_args
+    return dataset.labels or (f"{run.dataset} {run.dataset_args}" if own else run.dataset)
 
 
 def find_model(name: str) -> Model:

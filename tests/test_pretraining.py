@@ -102,6 +102,12 @@ def test_a_trained_head_fits_only_the_labels_it_was_trained_on(dataset, fresh, f
     assert metadata(path)["examples"] == sum(20 + 5 * client for client in range(6))
 
 
+def test_of_ones_own_data_the_labels_depend_on_the_arguments(finals, cache):
+    settings = CLASSIFIER | {"initialization": "proxy", "dataset_args": {"clients": 5}}
+    (run,) = finals(settings).values()
+    assert RunFolder(run).initialization["fresh"] == ["3.weight", "3.bias"]
+
+
 def test_a_weights_file_of_a_proxy_can_be_named(fedinit, experiment, finals, cache):
     assert fedinit("pretrain", experiment(CLASSIFIER | {"initialization": "proxy"})).exit_code == 0
     (path,) = cache.iterdir()

@@ -33,3 +33,22 @@ def test_the_time_left_is_that_of_rounds_after_the_warm_up(before, monkeypatch):
         f"  round {before + 1}/{before + 12}  {score}",
         f"  round {before + 3}/{before + 12}  {score}  18 s left",
     ]
+
+
+def test_a_table_that_goes_into_a_file_is_not_broken_at_80_columns(
+    fedinit, experiment, monkeypatch
+):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    settings = {
+        "dataset": "plugged_in:gaussians",
+        "model": "plugged_in:dropout_classifier",
+        "cohort": 2,
+        "grid": {
+            "dataset_args.per_client": [20],
+            "strategy": ["flwr.serverapp.strategy:FedMedian"],
+        },
+    }
+    result = fedinit("run", experiment(settings), "--dry-run")
+    assert result.exit_code == 0, result.output
+    run = "dataset_args.per_client=20,strategy=flwr.serverapp.strategy_FedMedian"
+    assert f"\n{run} " in result.stdout
