@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clients.client_optimizers import (
     CLIENT_OPTIMIZERS,
+    OBEY_PROXIMAL_MU,
     ClientOptimizer,
     OptimizerFactory,
     ServerState,
@@ -65,7 +66,7 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
         An app that answers `train`; `evaluate`, on the client's own rows; and `evaluate.test`, on
         part `config["part"]` of `config["parts"]` of the test set. The client of a message is its
         context's `partition-id`. A `proximal-mu` in a train message's config, as Flower's FedProx
-        has it, is mu of the proximal term.
+        has it, is mu of sgd and proximal clients.
     """
     # `auto` is settled before RayGrid's workers start; Flower's runtime has nobody to settle it.
     memory_format = MEMORY_FORMATS.get(run.memory_format, torch.contiguous_format)
@@ -75,14 +76,10 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
     size = run.client.batch_size if problem.dataset.has_sequences else _EVALUATION_BATCH
 
     @cache
-    def told(proximal_mu: float) -> tuple[Run, ClientOptimizer]:
+    def told(proximal_mu: float | None) -> tuple[Run, ClientOptimizer]:
         """Return the run as a strategy wants it, and its client optimizer."""
-        if not proximal_mu:
+        if proximal_mu is None or run.client.optimizer not in OBEY_PROXIMAL_MU:
             return run, CLIENT_OPTIMIZERS[run.client.optimizer]
-        if run.client.optimizer not in ("sgd", "proximal"):
-            raise ValueError(
-                f"the strategy asks for a proximal term, which '{run.client.optimizer}' lacks"
-            )
         client = run.client.model_copy(update={"optimizer": "proximal", "mu": proximal_mu})
         return run.model_copy(update={"client": client}), CLIENT_OPTIMIZERS["proximal"]
 
@@ -102,8 +99,8 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
     def train_group(content: RecordDict, clients: Sequence[int]) -> list[Trained]:
         workspace.load(content[ARRAYS])  # type: ignore[arg-type]
         server_round = _server_round(content)
-        mu = content.config_records[CONFIG].get(PROXIMAL_MU, 0.0)
-        as_told, client_optimizer = told(float(mu))  # type: ignore[arg-type]
+        mu = content.config_records[CONFIG].get(PROXIMAL_MU)
+        as_told, client_optimizer = told(None if mu is None else float(mu))  # type: ignore[arg-type]
         draws = ahead.pop((server_round, clients[0]), None)
         training = make_training(workspace, as_told, server_round, clients, draws)
         state = content.get(SERVER_STATE)

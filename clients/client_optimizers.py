@@ -146,6 +146,7 @@ CLIENT_OPTIMIZERS: dict[str, ClientOptimizer] = {
 }
 # These mean what their papers say only with a server that knows of them: strategy `fedopt`.
 NEED_FEDOPT = {"nova", "mimelite"}
+OBEY_PROXIMAL_MU = ("sgd", "proximal")  # of Flower's FedProx
 
 
 def accumulated_norm(settings: Client, steps: int) -> float:

@@ -64,13 +64,16 @@ class Workspace:
                 parameter.data = place
             else:
                 self._apart.append((parameter.detach(), place))
-        self._frozen = {name: parameters[name] for name in self.layout.fixed if name in parameters}
-        self._buffers = [
-            _Buffer.of(problem.model, name) for name, _ in problem.model.named_buffers()
+        self._frozen = [
+            _Place(problem.model, name, parameters[name])
+            for name in self.layout.fixed
+            if name in parameters
         ]
-        self._sent = [each for each in self._buffers if each.name in self.layout.shapes]
-        # What a round begins with; those that are not persistent are never sent.
+        self._buffers = [_Place(problem.model, *each) for each in problem.model.named_buffers()]
+        # What each client begins with; buffers that are not persistent are never sent.
         self._begun = {each.name: each.tensor.clone() for each in self._buffers}
+        # A model may change its frozen parameters, as one with a teacher does; most do not.
+        self._frozen_rest: bool | None = None
 
     def load(self, arrays: flwr.app.ArrayRecord) -> None:
         """Reset the model to received weights x; `start` is x until the next load."""
@@ -78,15 +81,15 @@ class Workspace:
         if received is not self._received:
             self._received, self.start = received, received.to(self._vector)
             rest = self.layout.rest(arrays)
-            with torch.no_grad():
-                for name, frozen in self._frozen.items():
-                    frozen.copy_(rest.pop(name))
-            self._begun |= {name: value.to(device()) for name, value in rest.items()}
+            here = [each.name for each in self._buffers if each.name in rest]
+            self._begun |= rest | {name: rest[name].to(device()) for name in here}
+            for each in self._frozen:
+                each.set(self._begun[each.name])
         with torch.no_grad():
             self._vector.copy_(self.start)
             for parameter, place in self._apart:
                 parameter.copy_(place)
-        for each in self._buffers:
+        for each in self._untrained:
             each.set(self._begun[each.name])
 
     def weights(self) -> Tensor:
@@ -96,41 +99,53 @@ class Workspace:
         return self._vector
 
     def rest(self) -> dict[str, Tensor]:
-        """Return copies of the model's persistent buffers."""
+        """Return copies of what a client's training may have changed beside the vector."""
+        if self._frozen_rest is None:
+            self._frozen_rest = all(
+                torch.equal(each.present.cpu(), self._begun[each.name]) for each in self._frozen
+            )
         return {
             each.name: each.present.detach().clone(memory_format=torch.contiguous_format)
-            for each in self._sent
+            for each in self._untrained
+            if each.name in self.layout.shapes
         }
+
+    @property
+    def _untrained(self) -> list["_Place"]:
+        """What is reset for each client beside the vector."""
+        return self._buffers if self._frozen_rest else [*self._frozen, *self._buffers]
 
     @contextmanager
     def without_trace(self) -> Iterator[None]:
-        """Let the model's buffers, and what draws follow, be afterwards as they were."""
-        before = [each.present.detach().clone() for each in self._buffers]
+        """Let what is not trained, and what draws follow, be afterwards as they were."""
+        before = [(each, each.present.detach().clone()) for each in self._untrained]
         with draws_undone([device()] if device().type == "cuda" else []):
             yield
-        for each, value in zip(self._buffers, before, strict=True):
+        for each, value in before:
             each.set(value)
 
 
-class _Buffer(NamedTuple):
-    """A buffer's place in a model; the model may put another tensor there while it trains."""
+class _Place:
+    """Where a model has an array that is not trained; it may put another one there."""
 
-    name: str
-    owner: torch.nn.Module
-    key: str
-    tensor: Tensor
-
-    @classmethod
-    def of(cls, model: torch.nn.Module, name: str) -> "_Buffer":
-        owner, _, key = name.rpartition(".")
-        return cls(name, model.get_submodule(owner), key, model.get_buffer(name))
+    def __init__(self, model: torch.nn.Module, name: str, tensor: Tensor) -> None:
+        owner, _, self._key = name.rpartition(".")
+        self._owner = dict(model.named_modules())[owner]
+        self.name = name
+        self.tensor = tensor
 
     @property
     def present(self) -> Tensor:
-        return getattr(self.owner, self.key)
+        """The array; what has another shape is no array of the model's."""
+        there = getattr(self._owner, self._key)
+        fits = isinstance(there, Tensor) and there.shape == self.tensor.shape
+        return there if fits else self.tensor
 
     def set(self, value: Tensor) -> None:
-        setattr(self.owner, self.key, self.tensor.copy_(value))
+        """Put the model's own array there, with these values."""
+        with torch.no_grad():
+            self.tensor.copy_(value)
+        setattr(self._owner, self._key, self.tensor)
 
 
 class LocalDraws(NamedTuple):
@@ -232,7 +247,7 @@ class LocalTraining:
         """Return the client's examples and its means over every example visited."""
         means = {"train-loss": float(self.loss_sum) / self.examples_seen}
         if self.correct is not None:
-            means["train-accuracy"] = float(self.correct) / float(self.targets_seen)
+            means["train-accuracy"] = float(self.correct) / max(1.0, float(self.targets_seen))
         return [{"num-examples": len(self.draws.rows), **means}]
 
     def _batches(self, order: np.ndarray) -> Sequence[Tensor]:

@@ -4,9 +4,11 @@ It pays on a GPU alone: a CPU is as busy with one client's step as with many.
 """
 
 import copy
+import random
 import time
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from fedinit.device import synchronize
 from fedinit.errors import named
 from fedinit.measurements.evaluation import per_example
 from fedinit.problem import Problem
+from fedinit.randomness import draws_undone
 
 _ROWS = 8  # of each of the two clients that are tried
 # Of their losses and gradients, relative. Where rounding puts the input of a ReLU on the other side
@@ -45,12 +48,11 @@ def obstacle(problem: Problem) -> str | None:
     first = owners.at(0)[:_ROWS]
     clients = [first, owners.at(len(owners) - 1)[: max(1, len(first) - 1)]]
     on_gpu = trained[0].is_cuda
-    with torch.random.fork_rng(devices=[trained[0].device] if on_gpu else []):
-        draws = torch.cuda.get_rng_state if on_gpu else torch.get_rng_state
-        begun, buffers = draws(), [each.clone() for each in model.buffers()]
+    with draws_undone([trained[0].device] if on_gpu else []):
+        begun, buffers = _draws(on_gpu), [each.clone() for each in model.buffers()]
         try:
             alone = [_alone(problem, trained, rows) for rows in clients]
-            if not torch.equal(begun, draws()):
+            if begun != _draws(on_gpu):
                 return "its training draws random numbers, as dropout does"
             if not all(map(torch.equal, buffers, model.buffers())):
                 return "its training changes buffers, as batch normalisation does"
@@ -64,6 +66,13 @@ def obstacle(problem: Problem) -> str | None:
             if not (other - one).norm() <= tolerance * one.norm():
                 return "its clients do not train as one as they do one by one"
     return None
+
+
+def _draws(on_gpu: bool) -> list[Any]:
+    """Return where the generators are that a model may draw from."""
+    numpys = np.random.get_state(legacy=False)["state"]
+    torchs = torch.cuda.get_rng_state() if on_gpu else torch.get_rng_state()
+    return [random.getstate(), numpys["key"].tolist(), numpys["pos"], torchs.tolist()]
 
 
 def _alone(problem: Problem, trained: Sequence[Tensor], rows: np.ndarray) -> tuple[Tensor, Tensor]:

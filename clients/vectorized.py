@@ -221,7 +221,7 @@ class GroupTraining:
         if self._has_labels:
             several = self._problem.dataset.has_sequences
             targets = self._targets_seen if several else self._examples_seen
-            means["train-accuracy"] = self._correct / targets
+            means["train-accuracy"] = self._correct / targets.clamp(min=1)
         read = torch.stack(list(means.values()), dim=1).tolist()
         return [
             {"num-examples": len(rows), **dict(zip(means, values, strict=True))}

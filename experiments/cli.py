@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -261,10 +262,14 @@ def bench(
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A results folder.")],
 ) -> None:
-    """Make the figures and the report page of a results folder again."""
-    from fedinit.results import summarize_again
+    """Make the summary, the figures and the report page of a results folder again."""
+    from experiments.resuming import results_folder
+    from fedinit.results import present_summary, write_summary
 
-    _show(_console(), folder, summarize_again(folder))
+    summary = present_summary(folder)
+    with suppress(RequestError), results_folder(folder):  # a run under way writes its own
+        write_summary(folder, present_summary(folder))
+    _show(_console(), folder, summary)
 
 
 @app.command(name="list")

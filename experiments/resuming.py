@@ -176,11 +176,10 @@ def check_folder(experiment: Experiment, out: Path, resume: bool) -> None:
         raise RequestError(f"--out {out}: not a folder")
     if not resume:
         raise RequestError(f"--out {out}: not empty; continue it with --resume, or name another")
-    others = sorted({path.parent.name for path in out.glob("*/run.yaml")} - experiment.runs.keys())
-    if others:
+    there = sorted(path.parent.name for path in out.glob("*/run.yaml"))
+    if there and not experiment.runs.keys() & set(there):
         raise RequestError(
-            f"--resume: {out} holds a run that this experiment has not, '{others[0]}'; "
-            "name another --out"
+            f"--resume: {out} holds another experiment's runs, '{there[0]}' ...; name another --out"
         )
     for label, run in as_begun(experiment, out).items():
         if not (out / label / "run.yaml").exists():

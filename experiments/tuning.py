@@ -25,6 +25,7 @@ import yaml
 from flwr.app import ArrayRecord
 from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import PositiveInt, ValidationError
+from rich.console import Console
 
 from experiments.progress import Progress
 from experiments.proxies import check, train_missing
@@ -68,6 +69,11 @@ class Arm:
     run: Run
     match: dict[str, Any]
     values: dict[str, list[Any]]
+
+    @property
+    def searches_proxy(self) -> bool:
+        """Whether each trial may start from a proxy of its own."""
+        return any(key.startswith("proxy.") for key in self.values)
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -118,7 +124,7 @@ def tune(
     _check_folder(out, request, resume)
     for text in notes(experiment):
         progress.note(text)
-    train_missing((run for arm in arms for run in arm.runs), datasets, progress)
+    train_missing((arm.run for arm in arms if not arm.searches_proxy), datasets, progress)
     storage = f"sqlite:///{(out / _TRIALS).resolve()}"
     rules: list[dict[str, Any]] = []
     progress.note("starting the workers")
@@ -227,7 +233,9 @@ def _score(arm: Arm, workers: Workers, datasets: Datasets, trial: Trial) -> floa
                 raise optuna.TrialPruned
 
     try:
-        prepared = simulation(arm.run_of(trial), datasets).settled(workers, datasets)
+        run = arm.run_of(trial)
+        train_missing([run], datasets, Progress(Console(quiet=True), 1))  # there is a bar already
+        prepared = simulation(run, datasets).settled(workers, datasets)
         train(prepared, prepared.grid(workers, datasets), record)
     except DivergedError:
         raise optuna.TrialPruned from None

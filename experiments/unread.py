@@ -26,7 +26,9 @@ def notes(experiment: Experiment) -> list[str]:
 def _reads(run: Run, key: str) -> bool:
     section, _, name = key.partition(".")
     if section == "server":
-        return _has_server_optimizer(run.strategy) and name in _settings_of(run.server.optimizer)
+        names = _taken_by(run.strategy)
+        steps = "server_optimizer" in names and name in _settings_of(run.server.optimizer)
+        return steps or (name == "lr" and "server_lr" in names)
     if section == "proxy":
         return run.initialization == "proxy"
     return _READERS.get(key, lambda _run: True)(run)
@@ -47,13 +49,16 @@ def _settings_of(optimizer: str) -> set[str]:
 
 
 @cache
-def _has_server_optimizer(strategy: str) -> bool:
-    names, _ = taken(resolve("strategy", strategy, STRATEGIES))
-    return "server_optimizer" in names
+def _taken_by(strategy: str) -> list[str]:
+    return taken(resolve("strategy", strategy, STRATEGIES))
 
 
 def _takes_steps(run: Run) -> bool:
     return run.client.optimizer != "gd"
+
+
+def _own_steps(run: Run) -> bool:
+    return run.client.optimizer not in ("gd", "mimelite")
 
 
 _READERS: dict[str, Callable[[Run], bool]] = {
@@ -61,9 +66,11 @@ _READERS: dict[str, Callable[[Run], bool]] = {
     "partition.clients": lambda run: run.partition.kind != "natural",
     "client.lr": _takes_steps,
     "client.epochs": _takes_steps,
-    "client.momentum": _takes_steps,
-    "client.weight_decay": _takes_steps,
+    "client.shuffle": _takes_steps,
+    "client.momentum": _own_steps,
+    "client.weight_decay": _own_steps,
     "client.mu": lambda run: run.client.optimizer in ("proximal", "nova"),
-    "stragglers.epochs": lambda run: run.stragglers.fraction > 0,
+    "stragglers.fraction": _takes_steps,
+    "stragglers.epochs": lambda run: run.stragglers.fraction > 0 and _takes_steps(run),
     "normalization": lambda run: run.initialization != "random",
 }

@@ -16,7 +16,7 @@ from flwr.serverapp import strategy as flowers
 from flwr.serverapp.strategy import Strategy
 
 from clients import CLIENT_OPTIMIZERS, make_client_app
-from clients.client_optimizers import NEED_FEDOPT
+from clients.client_optimizers import NEED_FEDOPT, OBEY_PROXIMAL_MU
 from clients.local_training import local_steps
 from clients.memory_format import MEMORY_FORMATS, fastest_memory_format, has_images
 from clients.together import fastest_together, obstacle
@@ -49,7 +49,7 @@ _NO_MEAN = (
     flowers.DifferentialPrivacyServerSideFixedClipping,
     flowers.FedMedian,
     flowers.FedTrimmedAvg,
-    flowers.Krum,
+    flowers.MultiKrum,  # and Krum
     flowers.QFedAvg,
 )
 
@@ -173,6 +173,11 @@ def simulation(run: Run, datasets: Datasets) -> Simulation:
     try_out(run, problem)
     check_together(run, problem)
     strategy = make_strategy(run, problem)
+    if getattr(strategy, "proximal_mu", 0) and run.client.optimizer not in OBEY_PROXIMAL_MU:
+        raise RequestError(
+            f"client.optimizer: {run.client.optimizer} has no proximal term, which strategy "
+            f"'{run.strategy}' asks for; valid: {', '.join(OBEY_PROXIMAL_MU)}"
+        )
     if run.client.optimizer in NEED_FEDOPT and not isinstance(strategy, FedOpt):
         raise RequestError(f"client.optimizer: {run.client.optimizer} needs strategy fedopt")
     return Simulation(run, problem, problem.layout.record_of(problem.model), record, strategy)
@@ -331,12 +336,13 @@ def try_out(run: Run, problem: Problem) -> None:
     Raises:
         RequestError: they do not fit.
     """
-    shape, targets = tuple(problem.dataset.inputs.shape[1:]), problem.dataset.targets
-    if problem.loss is cross_entropy and targets.ndim == 1 and targets.min() < 0:
-        raise RequestError(
-            f"dataset: '{run.dataset}' has the target {targets.min()}, loss '{run.loss}' needs "
-            "labels from 0"
-        )
+    shape = tuple(problem.dataset.inputs.shape[1:])
+    for targets in (problem.dataset.targets, problem.dataset.test_targets):
+        if problem.loss is cross_entropy and targets.ndim == 1 and targets.min() < 0:
+            raise RequestError(
+                f"dataset: '{run.dataset}' has the target {targets.min()}, loss '{run.loss}' needs "
+                "labels from 0"
+            )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one line is enough

@@ -248,6 +248,6 @@ def explain(error: ValidationError, known: Iterable[str], section: str = "") -> 
     while key not in known and "." in key:  # pydantic adds which of a key's types it tried
         key = key.rpartition(".")[0]
     one = first["type"] in ("int_type", "float_type", "string_type", "bool_type")
-    listed = one and isinstance(first["input"], list)
+    listed = one and not section and isinstance(first["input"], list)
     several = f"; several values: grid: {{{key}: [...]}}" if listed else ""
     return RequestError(f"{key}: {one_line(first['msg'])}, got {first['input']!r}{several}")

@@ -2,7 +2,8 @@
 
 name      what the experiment is called
 study     the figure or table that its results are shown as (see `fedinit list`)
-grid      dotted key -> list of values: every combination is a run; or a list of such mappings
+grid      dotted key -> list of values: every combination is a run; or a list of such mappings;
+          here and below a section's mapping stands for the keys in it
 when      a list of rules {match: {dotted key: value}, set: {dotted key: value}}, applied in order
 rules     files beside this one with further rules under `when`, applied before its own
 presets   name -> settings, grid, when ... laid over the file's; the first one is the default
@@ -150,7 +151,7 @@ def check_rules(key: str, rules: Any) -> list[dict[str, Any]]:
 
 def matches(run: Run, rule: Mapping[str, Any]) -> bool:
     """Whether a run has every value that a rule's `match` names."""
-    return all(get(run, key) == value for key, value in rule["match"].items())
+    return all(get(run, key) == value for key, value in _dotted(rule["match"]).items())
 
 
 def with_settings(run: Run, dotted: Mapping[str, Any]) -> Run:
@@ -234,17 +235,28 @@ def _grids(given: Any) -> list[dict[str, list[Any]]]:
 
 def _axes(grid: Mapping[str, list[Any]], fixed: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
     """Return each axis of a grid as the settings of its values, but for those that are fixed."""
-    axes = []
+    axes: list[list[dict[str, Any]]] = []
+    keys: set[str] = set()
     for key, values in grid.items():
         options = [_dotted({key: value}) for value in values]
         left = [
-            {name: value for name, value in option.items() if name not in fixed}
+            {name: value for name, value in option.items() if not _met(name, fixed)}
             for option in options
         ]
         if left != options:  # what is fixed told them apart
             left = [option for at, option in enumerate(left) if option not in left[:at]]
+        here = {name for option in left for name in option}
+        for name in sorted(here):
+            if _met(name, keys) or any(_met(each, [name]) for each in keys):
+                raise RequestError(f"grid: {name} is on two axes")
+        keys |= here
         axes.append(left)
     return axes
+
+
+def _met(key: str, others: Iterable[str]) -> bool:
+    """Whether a dotted key is one of others, or inside one."""
+    return any(key == each or key.startswith(f"{each}.") for each in others)
 
 
 def _dotted(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,10 +286,6 @@ def _spell_out(
     for axes in grids:
         labels = set()
         for combination in itertools.product(*axes):
-            keys = [key for option in combination for key in option]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise RequestError(f"grid: {key} is on two axes")
             arm = dict(itertools.chain(*(option.items() for option in combination)))
             settings = deepcopy(raw)
             _apply(settings, arm | fixed)

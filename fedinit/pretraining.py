@@ -29,6 +29,7 @@ from fedinit.registry import source_of
 from fedinit.results import to_json, write_atomically, writing
 
 Report = Callable[[int, int, float], None]
+_PATHS = {"data_dir", "tokenizer", "vocabulary"}  # arguments that may be one
 
 
 def proxy_run(run: Run) -> Run:
@@ -68,9 +69,9 @@ def _decides(run: Run) -> dict[str, Any]:
     settings = run.model_dump(mode="json")
     decides = {key: settings[key] for key in ("model", "model_args", "loss", "loss_args", "proxy")}
     arguments = decides["proxy"]["dataset_args"]
-    for name, value in arguments.items():
-        if isinstance(value, str) and Path(value).exists():  # it is another from another folder
-            arguments[name] = str(Path(value).resolve())
+    for name in _PATHS & arguments.keys():
+        if isinstance(arguments[name], str) and os.path.exists(arguments[name]):
+            arguments[name] = os.path.abspath(arguments[name])  # another folder has another
     named = {"model": run.model, "loss": run.loss, "dataset": run.proxy.dataset or ""}
     sources = {kind: found for kind, name in named.items() if (found := source_of(kind, name))}
     return decides | ({"sources": sources} if sources else {})
@@ -91,11 +92,11 @@ def pretrain(run: Run, dataset: FederatedDataset, report: Report) -> Path:
         RequestError: the model or loss does not suit the data, a loss is not finite, or the file
             cannot be written.
     """
-    like = proxy_run(run)
+    like, path, decides = proxy_run(run), proxy_path(run), _decides(run)
     problem = build_problem(like, dataset).on(device())
     epochs = list(_epochs(run.proxy, problem, report))
     record = {
-        **_decides(run),
+        **decides,
         "labels": label_space(like, dataset),
         "examples": _size(run.proxy, dataset),
         "input_shape": list(dataset.inputs.shape[1:]),
@@ -104,7 +105,6 @@ def pretrain(run: Run, dataset: FederatedDataset, report: Report) -> Path:
     }
     state = problem.model.state_dict()
     weights = {name: state[name].contiguous() for name in Layout.of(problem.model).shapes}
-    path = proxy_path(run)
     try:
         with writing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)

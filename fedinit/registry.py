@@ -5,6 +5,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,12 @@ def resolve(kind: str, name: str, known: Mapping[str, Any]) -> Any:
     except AttributeError as error:
         near = suggestion(error.name, dir(error.obj))
         raise RequestError(f"{kind}: cannot import '{name}': {named(error)}{near}") from None
+    except Exception as error:  # a module may have a __getattr__ of its own
+        raise RequestError(f"{kind}: cannot import '{name}': {located(error)}") from None
     return value
 
 
+@cache  # what was imported, whatever becomes of the file
 def source_of(kind: str, name: str) -> str | None:
     """Return the SHA-256 of the file that `package.module:attribute` is in; None of other names.
 
@@ -53,39 +57,52 @@ def source_of(kind: str, name: str) -> str | None:
 def call(kind: str, function: Any, arguments: Mapping[str, Any], **offered: Any) -> Any:
     """Call what a run names with its `..._args`, and with those of `offered` that it asks for.
 
+    A class that takes `**kwargs` usually hands them on to its base: it gets those of `offered` that
+    a base asks for as well, but for the ones that it hands on itself, or that nobody takes.
+
     Raises:
         RequestError: an argument is unknown or missing, or the user's own code raises.
     """
-    names, takes_any = taken(function)
+    own, takes_any = _parameters(function)
     for name in arguments:
-        if not takes_any and name not in names:
-            raise unknown(f"{kind}_args key", name, names)
-    asked = {name: value for name, value in offered.items() if name in names}
-    try:
-        return function(**{**asked, **arguments})
-    except RequestError:
-        raise
-    except Exception as error:  # the user's own function
-        name = getattr(function, "__name__", function)
-        raise RequestError(f"{kind}: {name} failed: {located(error)}") from None
-
-
-def taken(function: Any) -> tuple[list[str], bool]:
-    """Return the names of the arguments that a function or class takes, and whether any is taken.
-
-    What a class takes as `**kwargs` it hands on to its base: that one's arguments are its own.
-    """
-    bases = function.__mro__[1:] if inspect.isclass(function) else ()
-    names: list[str] = []
-    for layer in (function, *bases):
+        if not takes_any and name not in own:
+            raise unknown(f"{kind}_args key", name, own)
+    asked = {name: offered[name] for name in taken(function) if name in offered}
+    while True:
         try:
-            parameters = inspect.signature(layer).parameters.values()
-        except (TypeError, ValueError):  # it does not say what it takes
-            return names, True
-        names += [each.name for each in parameters if each.kind in _BY_NAME]
-        if not any(each.kind is each.VAR_KEYWORD for each in parameters):
-            return names, False
-    return names, True
+            return function(**{**asked, **arguments})
+        except RequestError:
+            raise
+        except Exception as error:  # the user's own function
+            clash = [
+                name
+                for name in asked
+                if isinstance(error, TypeError) and name not in own and f"'{name}'" in str(error)
+            ]
+            if not clash:
+                name = getattr(function, "__name__", function)
+                raise RequestError(f"{kind}: {name} failed: {located(error)}") from None
+            del asked[clash[0]]
+
+
+def taken(function: Any) -> list[str]:
+    """Return the names of what a function takes, or a class and the bases it may hand it on to."""
+    names, takes_any = _parameters(function)
+    for base in function.__mro__[1:] if inspect.isclass(function) else ():
+        if takes_any and "__init__" in vars(base):
+            further, takes_any = _parameters(base)
+            names = [*names, *further]
+    return names
+
+
+def _parameters(function: Any) -> tuple[list[str], bool]:
+    """Return the names of the arguments that a function takes, and whether it takes any."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # it does not say
+        return [], True
+    names = [each.name for each in parameters if each.kind in _BY_NAME]
+    return names, any(each.kind is each.VAR_KEYWORD for each in parameters)
 
 
 def add_to_path(folders: list[str]) -> None:

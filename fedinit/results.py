@@ -315,12 +315,12 @@ def summarize(folder: Path, experiment: Experiment) -> dict[str, Any]:
         "varied": experiment.varied,
         "runs": rows,
     }
-    _write_summary(folder, summary)
+    write_summary(folder, summary)
     return summary
 
 
-def summarize_again(folder: Path) -> dict[str, Any]:
-    """Read the summary of `folder` and bring it up to what its runs have come to since.
+def present_summary(folder: Path) -> dict[str, Any]:
+    """Read the summary of `folder`, with what its runs have come to since it was written.
 
     Raises:
         RequestError: `folder` holds no results.
@@ -330,15 +330,16 @@ def summarize_again(folder: Path) -> dict[str, Any]:
         at = RunFolder(folder / row["run"])
         if (at.path / "run.yaml").exists():
             row.update(_outcome(at, at.run.target_accuracy))
-    _write_summary(folder, summary)
     return summary
 
 
-def _write_summary(folder: Path, summary: dict[str, Any]) -> None:
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Write summary.json and summary.csv."""
     rows = summary["runs"]
     write_atomically(folder / SUMMARY, to_json(summary, indent=1).encode())
     table = io.StringIO()
-    writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
+    names = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(table, fieldnames=list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: cell(value) for key, value in row.items()} for row in rows)
     write_atomically(folder / "summary.csv", table.getvalue().encode())

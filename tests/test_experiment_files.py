@@ -266,6 +266,13 @@ def test_a_mapping_on_an_axis_stands_for_its_keys(folder):
         ),
         ({"grid": {"client.mu": [0.1, 1], "client.optimizer": ["sgd", "gd"]}}, ["client.mu"]),
         ({"client": {"optimizer": "nova"}, "grid": {"client.mu": [0.1, 1]}}, []),
+        (
+            {
+                "client": {"optimizer": "mimelite"},
+                "grid": {"client.momentum": [0, 0.9], "client.epochs": [1, 2]},
+            },
+            ["client.momentum"],
+        ),
         ({"grid": {"proxy.lr": [0.1, 1], "normalization": ["loaded", "fresh"]}}, None),
     ],
 )
@@ -282,3 +289,22 @@ def test_the_search_may_be_overridden(folder):
     run = {"dataset": "mine:data", "model": "mine:net", "tune": {"trials": 5, "search": []}}
     file.write_text(yaml.safe_dump(run))
     assert load_experiment(file, ["tune.trials=2"]).tune == {"trials": 2, "search": []}
+
+
+def test_arguments_are_overridden_and_meet_as_sections_do(folder):
+    file = folder / "arguments.yaml"
+    run = {"dataset": "mine:data", "model": "mine:net"}
+    file.write_text(yaml.safe_dump(run | {"grid": {"dataset_args.alpha": [1, 2]}}))
+    (only,) = load_experiment(file, ["dataset_args={alpha: 3}"]).runs.values()
+    assert only.dataset_args == {"alpha": 3}
+    with pytest.raises(RequestError, match=r"grid: dataset_args is on two axes"):
+        load_experiment(file, ["grid.dataset_args=[{beta: 1}]"])
+
+
+def test_a_rule_matches_a_section_by_its_keys(folder):
+    file = folder / "sections.yaml"
+    rule = {"match": {"client": {"lr": 0.2}}, "set": {"client": {"mu": 1.0}}}
+    run = {"dataset": "mine:data", "model": "mine:net", "client": {"optimizer": "proximal"}}
+    file.write_text(yaml.safe_dump(run | {"grid": {"client.lr": [0.1, 0.2]}, "when": [rule]}))
+    found = [(each.client.lr, each.client.mu) for each in load_experiment(file).runs.values()]
+    assert found == [(0.1, 0.0), (0.2, 1.0)]

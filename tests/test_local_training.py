@@ -34,12 +34,15 @@ POINT = {
 def test_buffers_begin_as_they_were_sent_wherever_a_model_puts_them(workers, finals):
     """In batches of one, clients of 1 and 3 rows take 1 and 3 steps: (1 + 3 * 3) / 4 = 2.5 a round.
 
-    `steps` counts on from round to round; `own`, which is never sent, and its copy begin anew.
+    `steps` and `teacher` count on from round to round; `own`, which is never sent, and its copy
+    begin anew.
     """
     settings = {"model": "plugged_in:Counting", "model_args": {}, "workers": workers}
     (run,) = finals(POINT | settings).values()
     weights = load_file(run / "final.safetensors")
     assert weights["steps"].item() == pytest.approx(5, abs=1e-12)
+    assert weights["teacher"].item() == pytest.approx(5, abs=1e-12)
+    assert weights["last"].tolist() == [0] * 5
     assert weights["of_round"].item() == pytest.approx(2.5, abs=1e-12)
     assert "own" not in weights
 
@@ -92,28 +95,34 @@ def test_a_clients_norm_is_of_the_weights_whatever_their_sign(momentum, lr, mu, 
     assert accumulated_norm(Client(momentum=momentum, lr=lr, mu=mu), steps) == pytest.approx(norm)
 
 
-def test_flowers_fedprox_is_fedprox(finals):
+@pytest.mark.parametrize(
+    ("proximal_mu", "client", "end"),
+    [(2.0, {}, 0.9), (0.0, {"optimizer": "proximal", "mu": 2.0}, 1.02)],
+)
+def test_flowers_fedprox_is_fedprox(proximal_mu, client, end, finals):
     """Two full steps from 0 with mu = 2 and rate 0.1, at losses x^2 / 2 and 3 (x - 2)^2 / 2.
 
     The second client goes to 0.6, and from there by -0.1 (3 (0.6 - 2) + 2 * 0.6) to 0.9; the first
-    stays at 0. Without the term it would go to 1.02.
+    stays at 0. Without the term it goes to 1.02. The strategy's mu counts, not the client's.
     """
     prox = {
         "strategy": "flwr.serverapp.strategy:FedProx",
-        "strategy_args": {"proximal_mu": 2.0},
-        "client": {"lr": 0.1, "batch_size": 4, "epochs": 2},
+        "strategy_args": {"proximal_mu": proximal_mu},
+        "client": {"lr": 0.1, "batch_size": 4, "epochs": 2, **client},
         "rounds": 1,
     }
     (run,) = finals(POINT | prox).values()
-    assert load_file(run / "final.safetensors")["x"].item() == pytest.approx(3 / 4 * 0.9, abs=1e-7)
+    x = load_file(run / "final.safetensors")["x"].item()
+    assert x == pytest.approx(3 / 4 * end, abs=1e-7)
 
 
-def test_a_proximal_term_that_clients_lack_is_told(fedinit, experiment, ray_started, tmp_path):
+def test_a_proximal_term_that_clients_lack_is_refused(fedinit, experiment, tmp_path):
     settings = {
         "strategy": "flwr.serverapp.strategy:FedProx",
         "strategy_args": {"proximal_mu": 2.0},
         "client": {"optimizer": "gd"},
     }
     result = fedinit("run", experiment(POINT | settings), "--out", tmp_path / "out")
-    assert result.exit_code == 1
-    assert "asks for a proximal term, which 'gd' lacks" in " ".join(result.output.split())
+    assert result.exit_code == 2
+    assert "client.optimizer: gd has no proximal term" in result.stderr
+    assert "valid: sgd, proximal" in result.stderr

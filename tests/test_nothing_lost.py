@@ -258,7 +258,7 @@ def test_a_changed_setting_is_named(fedinit, experiment, ray_started, tmp_path):
     before = outcome(out)
     other = fedinit("run", file, "--out", out, "--resume", "--set", "server.optimizer=adam")
     assert other.exit_code == 2
-    assert f"holds a run that this experiment has not, '{RUNS[0]}'" in other.stderr
+    assert f"holds another experiment's runs, '{RUNS[0]}' ...; name another --out" in other.stderr
     assert outcome(out) == before
 
 

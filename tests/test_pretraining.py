@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from fedinit.config import Run
 from fedinit.initialization import metadata
 from fedinit.pretraining import proxy_path
+from fedinit.registry import source_of
 from fedinit.results import RunFolder
 
 # One row: the loss is 1/2 a (x - b)^2, from x = 0. The federated data have their optimum elsewhere.
@@ -182,9 +183,12 @@ def test_a_proxy_is_of_the_code_that_trained_it(tmp_path, monkeypatch):
     run = Run(model="lab_of_one:net", dataset="x", proxy={"dataset": "y"})
     paths = {proxy_path(run), proxy_path(run)}
     lab.write_text("def net(): return 1")
+    source_of.cache_clear()  # as in another process
     paths.add(proxy_path(run))
     assert len(paths) == 2
-    run = Run(model="cnn", dataset="x", proxy={"dataset": "y", "dataset_args": {"at": "texts"}})
+    run = Run(
+        model="cnn", dataset="x", proxy={"dataset": "y", "dataset_args": {"data_dir": "texts"}}
+    )
     here = proxy_path(run)
     monkeypatch.chdir("/")
     assert proxy_path(run) != here

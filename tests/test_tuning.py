@@ -108,7 +108,7 @@ def test_a_search_whose_every_trial_diverges_keeps_the_files_rates(
 
 
 def test_a_trial_that_fails_is_told_and_counted(fedinit, experiment, ray_started, tmp_path):
-    """The model is not there for size 0: it fails before it trains."""
+    """There is no model of size -1: it fails before it trains."""
     search = [{"match": {}, "set": {"model_args.size": [2, -1]}}]
     settings = QUADRATIC | {"tune": {"search": search}}
     result = fedinit("tune", experiment(settings), "--out", tmp_path / "out")
