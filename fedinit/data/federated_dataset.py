@@ -91,8 +91,8 @@ class FederatedDataset:
             heads fit only where this agrees. None: no other has them.
 
     Raises:
-        RequestError: a column is no tensor, rows and targets differ in number, a row's one target
-            is `IGNORED`, a client has no row, or its row numbers are none or out of range.
+        RequestError: a column is no tensor, rows and targets differ in number, a client has no row,
+            or its row numbers are none or out of range.
     """
 
     def __init__(
@@ -130,7 +130,6 @@ class FederatedDataset:
         self.labels = labels
         if self.clients is not None:
             self._check(self.clients)
-            self._check_targets()
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -267,16 +266,6 @@ class FederatedDataset:
         elif not inputs.is_floating_point():
             inputs = inputs.long()
         return inputs, targets if targets.is_floating_point() else targets.long()
-
-    def _check_targets(self) -> None:
-        for kind, targets in ("row", self.targets), ("test row", self.test_targets):
-            labels = targets.ndim == 1 and not targets.is_floating_point()
-            if labels and targets.dtype.is_signed and (targets == IGNORED).any():
-                row = (targets == IGNORED).nonzero()[0].item()
-                raise RequestError(
-                    f"dataset: {kind} {row} has the target {IGNORED}, which counts in no loss: "
-                    "leave the row out"
-                )
 
     def _check(self, clients: ClientRows) -> None:
         if not len(clients):
