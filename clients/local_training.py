@@ -119,7 +119,7 @@ class Workspace:
     def without_trace(self) -> Iterator[None]:
         """Let what is not trained, and what draws follow, be afterwards as they were."""
         before = [(each, each.present.detach().clone()) for each in self._untrained]
-        with draws_undone([device()] if device().type == "cuda" else []):
+        with draws_undone():
             yield
         for each, value in before:
             each.set(value)

@@ -9,6 +9,7 @@ from torch import nn
 from fedinit.device import synchronize
 from fedinit.measurements.evaluation import per_example
 from fedinit.problem import Problem
+from fedinit.randomness import draws_undone
 
 MEMORY_FORMATS = {
     "contiguous": torch.contiguous_format,
@@ -38,7 +39,7 @@ def fastest_memory_format(problem: Problem, batch_size: int) -> str:
     models = {name: copy.deepcopy(problem.model).train() for name in MEMORY_FORMATS}
     fastest = dict.fromkeys(models, float("inf"))
     end = time.perf_counter() + _SECONDS
-    with torch.random.fork_rng(devices=[]):
+    with draws_undone():
         for repeat in range(_REPEATS):
             for name, model in models.items():
                 synchronize()

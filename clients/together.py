@@ -48,7 +48,7 @@ def obstacle(problem: Problem) -> str | None:
     first = owners.at(0)[:_ROWS]
     clients = [first, owners.at(len(owners) - 1)[: max(1, len(first) - 1)]]
     on_gpu = trained[0].is_cuda
-    with draws_undone([trained[0].device] if on_gpu else []):
+    with draws_undone():
         begun, buffers = _draws(on_gpu), [each.clone() for each in model.buffers()]
         try:
             alone = [_alone(problem, trained, rows) for rows in clients]

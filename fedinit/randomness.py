@@ -1,7 +1,7 @@
 """Random numbers keyed by what they are for, so that no draw depends on another or on the order."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 
@@ -54,13 +54,10 @@ def seed_strategy(seed: int, server_round: int) -> None:
 
 
 @contextmanager
-def draws_undone(gpus: Sequence[torch.device] = ()) -> Iterator[None]:
-    """Let the generators that `seed_all` seeds be afterwards as they were.
-
-    Args:
-        gpus: those whose generators are among them.
-    """
+def draws_undone() -> Iterator[None]:
+    """Let what `seed_all` seeds be afterwards as it was; of GPUs, the one in use."""
     python, numpy = random.getstate(), np.random.get_state()
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices=gpus):
             yield

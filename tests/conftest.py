@@ -14,6 +14,7 @@ from experiments.cli import app
 
 HERE = Path(__file__).parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # before `datasets` is imported: no test reaches for the hub
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is: tests run side by side, one for each core
 
 
 @pytest.fixture(scope="session", autouse=True)

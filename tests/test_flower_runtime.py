@@ -20,14 +20,13 @@ from tests.test_simulation import difference, numbers
 REPOSITORY = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def superlink(tmp_path):
+@pytest.fixture(scope="module")
+def superlink(tmp_path_factory):
     """A private Flower SuperLink; the environment in which `flwr` finds it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    home = tmp_path / "flwr"
-    home.mkdir()
+    home = tmp_path_factory.mktemp("flwr")
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "FLWR_HOME": str(home),

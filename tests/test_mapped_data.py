@@ -10,21 +10,23 @@ import torch
 from fedinit.data import FederatedDataset
 from fedinit.errors import RequestError
 from tests.plugged_in import gaussians
-from tests.test_simulation import GAUSSIANS, numbers
+from tests.test_simulation import FINAL, GAUSSIANS, numbers
 
 
 def test_a_run_on_files_is_the_run_in_memory(finals, tmp_path):
     """Bit for bit; with a validation split and another partition as well."""
     gaussians().save(tmp_path / "data")
-    mapped = {"dataset": "plugged_in:saved", "dataset_args": {"folder": str(tmp_path / "data")}}
-    for number, change in enumerate(
-        ({}, {"validation": 0.2, "partition": {"kind": "iid", "clients": 5}})
-    ):
-        (one,) = finals(GAUSSIANS | change, f"memory {number}").values()
-        (other,) = finals(GAUSSIANS | change | mapped, f"files {number}").values()
-        assert numbers(one) == numbers(other)
-        final = "final.safetensors"
-        assert (one / final).read_bytes() == (other / final).read_bytes()
+    in_files = {"dataset": "plugged_in:saved", "dataset_args": {"folder": str(tmp_path / "data")}}
+    grid = [
+        {"validation": [0.0]},
+        {"validation": [0.2], "partition.kind": ["iid"], "partition.clients": [5]},
+    ]
+    in_memory = finals(GAUSSIANS | {"grid": grid}, "memory")
+    mapped = finals(GAUSSIANS | in_files | {"grid": grid}, "files")
+    assert len(in_memory) == 2
+    for label, one in in_memory.items():
+        assert numbers(one) == numbers(mapped[label])
+        assert (one / FINAL).read_bytes() == (mapped[label] / FINAL).read_bytes()
 
 
 def test_what_travels_is_the_path(tmp_path):

@@ -341,26 +341,33 @@ def test_float_buffers_take_the_weighted_mean(finals):
         "test_optimum": [0.0, 0.0],
     }
     settings = FROM_ZERO | {"dataset_args": data, "model": "plugged_in:PointWithMemory"}
-    for reduce in ("worker", "client"):
-        [folder] = finals(settings | {"rounds": 1, "reduce": reduce}, reduce).values()
+    grid = {"reduce": ["worker", "client"]}
+    for folder in finals(settings | {"rounds": 1, "grid": grid}).values():
         assert RunFolder(folder).weights["seen"].item() == pytest.approx(1.75, abs=1e-12)
 
 
-@pytest.mark.parametrize("model", ["batch_norm_classifier", "dropout_classifier"])
-def test_mimelite_with_base_sgd_is_fedavg(finals, model):
+def test_mimelite_with_base_sgd_is_fedavg(finals):
     """Its full-batch gradient at x leaves no trace: not in running statistics, not in dropout."""
+    models = ["batch_norm_classifier", "dropout_classifier"]
     settings = {
         "dataset": "plugged_in:gaussians",
-        "model": f"plugged_in:{model}",
         "client": {"lr": 0.1, "batch_size": 10},
         "cohort": 4,
         "rounds": 2,
         "workers": 2,
-        "grid": {"client.optimizer": ["sgd", "mimelite"]},
+        "grid": {
+            "model": [f"plugged_in:{model}" for model in models],
+            "client.optimizer": ["sgd", "mimelite"],
+        },
     }
-    sgd, mimelite = (RunFolder(folder).weights for _, folder in sorted(finals(settings).items()))
-    for name, value in sgd.items():
-        assert torch.allclose(mimelite[name], value, rtol=0, atol=1e-6), name
+    runs = finals(settings)
+    for model in models:
+        sgd, mimelite = (
+            RunFolder(runs[f"model=plugged_in_{model},client.optimizer={each}"]).weights
+            for each in ("sgd", "mimelite")
+        )
+        for name, value in sgd.items():
+            assert torch.allclose(mimelite[name], value, rtol=0, atol=1e-6), name
 
 
 def test_a_bound_on_the_gradients_norm_holds_for_full_batches_too(finals):

@@ -23,6 +23,7 @@ GAUSSIANS = {
     "evaluate_every": 2,
     "workers": 2,
 }
+FINAL = "final.safetensors"
 
 
 def numbers(folder: Path) -> list[dict]:
@@ -31,28 +32,28 @@ def numbers(folder: Path) -> list[dict]:
 
 
 def difference(first: Path, second: Path) -> float:
-    a, b = (load_file(each / "final.safetensors") for each in (first, second))
+    a, b = (load_file(each / FINAL) for each in (first, second))
     assert a.keys() == b.keys()
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
 
-@pytest.mark.parametrize("client", ["sgd", "mimelite"])
-def test_the_same_seed_gives_the_same_bits(client, finals):
+def test_the_same_seed_gives_the_same_bits(finals):
     """Twice with 2 workers: bit-identical. With 1 and 3: the same cohorts, weights to 1e-5."""
-    settings = GAUSSIANS | {
-        "client": GAUSSIANS["client"] | {"optimizer": client},
-        "server": {"optimizer": "adam", "lr": 0.1},
-    }
-    (one,) = finals(settings, "one").values()
-    (again,) = finals(settings, "again").values()
-    assert (one / "final.safetensors").read_bytes() == (again / "final.safetensors").read_bytes()
-    assert numbers(one) == numbers(again)
-    for workers in (1, 3):
-        (other,) = finals(settings | {"workers": workers}, f"{workers} workers").values()
-        assert difference(one, other) < 1e-5
-        for ours, theirs in zip(numbers(one), numbers(other), strict=True):
-            assert ours.get("examples") == theirs.get("examples")
-            assert ours == pytest.approx(theirs, abs=1e-5, nan_ok=True)
+    settings = GAUSSIANS | {"server": {"optimizer": "adam", "lr": 0.1}}
+    clients = {"client.optimizer": ["sgd", "mimelite"]}
+    two = finals(settings | {"grid": clients}, "two")
+    others = finals(settings | {"grid": clients | {"workers": [2, 1, 3]}}, "others")
+    assert len(two) == 2
+    for label, one in two.items():
+        again = others[f"{label},workers=2"]
+        assert (one / FINAL).read_bytes() == (again / FINAL).read_bytes()
+        assert numbers(one) == numbers(again)
+        for workers in (1, 3):
+            other = others[f"{label},workers={workers}"]
+            assert difference(one, other) < 1e-5
+            for ours, theirs in zip(numbers(one), numbers(other), strict=True):
+                assert ours.get("examples") == theirs.get("examples")
+                assert ours == pytest.approx(theirs, abs=1e-5, nan_ok=True)
 
 
 def test_seeding_torch_is_torchs_own_seeding():
@@ -128,12 +129,10 @@ def test_flowers_own_strategies_and_a_users(finals):
         assert halfway[name] == pytest.approx((x[name] + whole[name]) / 2, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "strategy", ["flwr.serverapp.strategy:FedAvg", "plugged_in_strategies:Handing"]
-)
-def test_the_cohort_of_flowers_strategies_is_the_runs(strategy, finals):
-    (run,) = finals(GAUSSIANS | {"strategy": strategy, "cohort": 3}).values()
-    assert [line.get("cohort_size") for line in numbers(run)] == [None, 3, 3, 3, 3]
+def test_the_cohort_of_flowers_strategies_is_the_runs(finals):
+    strategies = ["flwr.serverapp.strategy:FedAvg", "plugged_in_strategies:Handing"]
+    for run in finals(GAUSSIANS | {"cohort": 3, "grid": {"strategy": strategies}}).values():
+        assert [line.get("cohort_size") for line in numbers(run)] == [None, 3, 3, 3, 3]
 
 
 def test_what_a_strategy_says_of_a_round_is_recorded(finals):
@@ -180,8 +179,9 @@ def test_a_server_optimizer_never_touches_buffers(finals):
         "stragglers": {"fraction": 0.0},
         "grid": {"server.optimizer": ["sgd", "adam"]},
     }
-    sgd, adam = (load_file(each / "final.safetensors") for each in finals(run).values())
-    (examples,) = {line["examples"] for line in numbers(next(iter(finals(run, "2").values())))[1:]}
+    runs = finals(run).values()
+    sgd, adam = (load_file(each / FINAL) for each in runs)
+    (examples,) = {line["examples"] for each in runs for line in numbers(each)[1:]}
     for weights in (sgd, adam):
         assert weights["1.num_batches_tracked"] == 2 * -(-examples // 8)
         assert weights["1.running_var"].min() > 0
@@ -190,22 +190,20 @@ def test_a_server_optimizer_never_touches_buffers(finals):
 
 
 def test_training_the_head_alone(finals):
-    runs = finals(GAUSSIANS | {"grid": {"trainable": ["all", "head"]}})
-    whole, head = (
-        load_file(runs[f"trainable={each}"] / "final.safetensors") for each in ("all", "head")
+    runs = finals(GAUSSIANS | {"grid": {"trainable": ["all", "head"], "client.lr": [0.1, 1e-30]}})
+    whole, head, fresh = (
+        load_file(runs[f"trainable={name},client.lr={rate}"] / FINAL)
+        for name, rate in (("all", 0.1), ("head", 0.1), ("all", 1e-30))
     )
-    (start,) = finals(GAUSSIANS | {"client": {"lr": 1e-30}}, "start").values()
-    fresh = load_file(start / "final.safetensors")
     assert torch.equal(head["0.weight"], fresh["0.weight"])
     assert not torch.equal(head["3.weight"], fresh["3.weight"])
     assert not torch.equal(whole["0.weight"], fresh["0.weight"])
 
 
 def test_a_head_may_be_a_single_parameter(finals):
-    settings = GAUSSIANS | {"model": "plugged_in:Scaled"}
-    (run,) = finals(settings | {"trainable": "head"}).values()
-    (start,) = finals(settings | {"rounds": 0}, "start").values()
-    end, fresh = (load_file(each / "final.safetensors") for each in (run, start))
+    settings = GAUSSIANS | {"model": "plugged_in:Scaled", "trainable": "head"}
+    runs = finals(settings | {"grid": {"rounds": [0, 4]}})
+    fresh, end = (load_file(runs[f"rounds={number}"] / FINAL) for number in (0, 4))
     assert end["scale"] != 1
     assert torch.equal(end["body.weight"], fresh["body.weight"])
 
