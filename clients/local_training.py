@@ -70,8 +70,8 @@ class Workspace:
             if name in parameters
         ]
         self._buffers = [_Place(problem.model, *each) for each in problem.model.named_buffers()]
-        # What each client begins with; buffers that are not persistent are never sent.
-        self._begun = {each.name: each.tensor.clone() for each in self._buffers}
+        for each in self._buffers:  # those that are not persistent are never sent
+            each.begun = each.tensor.clone()
         # A model may change its frozen parameters, as one with a teacher does; most do not.
         self._frozen_rest: bool | None = None
 
@@ -81,16 +81,19 @@ class Workspace:
         if received is not self._received:
             self._received, self.start = received, received.to(self._vector)
             rest = self.layout.rest(arrays)
-            here = [each.name for each in self._buffers if each.name in rest]
-            self._begun |= rest | {name: rest[name].to(device()) for name in here}
             for each in self._frozen:
-                each.set(self._begun[each.name])
+                each.begun = rest[each.name]
+                if self._frozen_rest:
+                    each.set(each.begun)
+            for each in self._buffers:
+                if each.name in rest:
+                    each.begun = rest[each.name].to(device())
         with torch.no_grad():
             self._vector.copy_(self.start)
             for parameter, place in self._apart:
                 parameter.copy_(place)
         for each in self._untrained:
-            each.set(self._begun[each.name])
+            each.set(each.begun)
 
     def weights(self) -> Tensor:
         """Return the trainable parameters as one vector, which the next training changes."""
@@ -102,7 +105,7 @@ class Workspace:
         """Return copies of what a client's training may have changed beside the vector."""
         if self._frozen_rest is None:
             self._frozen_rest = all(
-                torch.equal(each.present.cpu(), self._begun[each.name]) for each in self._frozen
+                torch.equal(each.present.cpu(), each.begun) for each in self._frozen
             )
         return {
             each.name: each.present.detach().clone(memory_format=torch.contiguous_format)
@@ -126,13 +129,18 @@ class Workspace:
 
 
 class _Place:
-    """Where a model has an array that is not trained; it may put another one there."""
+    """Where a model has an array that is not trained; it may put another one there.
+
+    Attributes:
+        name, tensor: the array's name, and the model's own array.
+        begun: what each client begins with.
+    """
 
     def __init__(self, model: torch.nn.Module, name: str, tensor: Tensor) -> None:
         owner, _, self._key = name.rpartition(".")
         self._owner = dict(model.named_modules())[owner]
         self.name = name
-        self.tensor = tensor
+        self.tensor = self.begun = tensor
 
     @property
     def present(self) -> Tensor:

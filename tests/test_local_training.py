@@ -15,19 +15,7 @@ from fedinit.parameters import Layout
 from fedinit.problem import Problem, cross_entropy
 from fedinit.randomness import draws_undone, seed_all
 from tests.plugged_in import gaussians
-from tests.test_simulation import difference, numbers
-
-# Clients of 1 and 3 rows, losses x^2 / 2 and 3 (x - 2)^2 / 2.
-POINT = {
-    "dataset": "plugged_in:quadratics",
-    "dataset_args": {"curvature": [[1], [3]], "optimum": [[0], [2]], "examples": [1, 3]},
-    "model": "plugged_in:Point",
-    "model_args": {"size": 1},
-    "loss": "plugged_in:half_squared_error",
-    "client": {"lr": 0.1, "batch_size": 1},
-    "cohort": 2,
-    "rounds": 2,
-}
+from tests.test_simulation import POINT, difference, numbers
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -23,6 +23,17 @@ GAUSSIANS = {
     "evaluate_every": 2,
     "workers": 2,
 }
+# Clients of 1 and 3 rows, losses x^2 / 2 and 3 (x - 2)^2 / 2.
+POINT = {
+    "dataset": "plugged_in:quadratics",
+    "dataset_args": {"curvature": [[1], [3]], "optimum": [[0], [2]], "examples": [1, 3]},
+    "model": "plugged_in:Point",
+    "model_args": {"size": 1},
+    "loss": "plugged_in:half_squared_error",
+    "client": {"lr": 0.1, "batch_size": 1},
+    "cohort": 2,
+    "rounds": 2,
+}
 FINAL = "final.safetensors"
 
 
@@ -138,23 +149,12 @@ def test_the_cohort_of_flowers_strategies_is_the_runs(finals):
 def test_what_a_strategy_says_of_a_round_is_recorded(finals):
     """What it adds to its clients' means; and its clients' evaluation, at the round's x.
 
-    Clients of 1 and 3 rows, losses x^2 / 2 and 3 (x - 2)^2 / 2, one step each at rate 0.1: from 0
-    to 0 and 0.6, so to x = 0.45; from there to 0.405 and 0.915, so to x = 0.7875.
+    One step of each client at rate 0.1: from 0 to 0 and 0.6, so to x = 0.45; from there to 0.405
+    and 0.915, so to x = 0.7875.
     """
-    (run,) = finals(
-        {
-            "dataset": "plugged_in:quadratics",
-            "dataset_args": {"curvature": [[1], [3]], "optimum": [[0], [2]], "examples": [1, 3]},
-            "model": "plugged_in:Point",
-            "model_args": {"size": 1},
-            "loss": "plugged_in:half_squared_error",
-            "client": {"lr": 0.1, "batch_size": 4},
-            "strategy": "plugged_in_strategies:Telling",
-            "strategy_args": {"fraction_evaluate": 1.0},
-            "cohort": 2,
-            "rounds": 2,
-        }
-    ).values()
+    telling = {"strategy": "plugged_in_strategies:Telling"}
+    settings = {"strategy_args": {"fraction_evaluate": 1.0}, "client": {"lr": 0.1, "batch_size": 4}}
+    (run,) = finals(POINT | telling | settings).values()
     start, *lines = numbers(run)
     assert not {"strategy", "client_evaluation"} & set(start)
     assert [line["strategy"] for line in lines] == [
