@@ -4,7 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.findings import BOTH, PRETRAINED, RANDOM, Result, tasks, verdict
+from experiments.findings import (
+    BOTH,
+    PRETRAINED,
+    RANDOM,
+    Result,
+    by_arm,
+    from_both,
+    tasks,
+    verdict,
+)
 from fedinit import wording
 from fedinit.drawing import PALETTE, Drawing, band, canvas, percent, to_csv
 from fedinit.report import Finding
@@ -34,22 +43,24 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
     curves: Curves = {}
     found = {}
     for task, results in tasks(folder, summary).items():
+        pair = from_both(by_arm(results, lambda r: r.start, lambda r: r.rounds[-1]["test_loss"]))
+        shown = [r for r in results if not pair or r.run.seed in pair[RANDOM]]
         for start in BOTH:
-            at = [result for result in results if result.start == start]
+            at = [result for result in shown if result.start == start]
             for name in (*PANELS, *BESIDE.values()):
                 if spreads := _by_round(at, name):
                     curves[task, start, name] = spreads
-        if all((task, start, name) in curves for start in BOTH for name in _COMPARED):
+        if pair and all((task, start, name) in curves for start in BOTH for name in _COMPARED):
             found[task] = _compare(task, curves)
     sentence = verdict(CLAIM, found)
-    shown = list(dict.fromkeys(task for task, _, _ in curves))
-    with canvas("alignment", 0.5 + 6.2 * len(shown), sentence) as drawn:
-        axes = drawn.panels(4 * len(shown), 2)
-        for index, task in enumerate(shown):
+    drawn_tasks = list(dict.fromkeys(task for task, _, _ in curves))
+    with canvas("alignment", 0.5 + 6.2 * len(drawn_tasks), sentence) as drawn:
+        axes = drawn.panels(4 * len(drawn_tasks), 2)
+        for index, task in enumerate(drawn_tasks):
             block = axes[8 * index : 8 * index + 8]
             for ax, (name, title) in zip(block, PANELS.items(), strict=False):
                 _draw(ax, task, name, curves)
-                ax.set_title(title if len(shown) == 1 else f"{title}\n{task}", fontsize=8)
+                ax.set_title(title if len(drawn_tasks) == 1 else f"{title}\n{task}", fontsize=8)
             for colour, start in zip(PALETTE, BOTH, strict=False):
                 block[-1].plot([], [], color=colour, label=start)
             block[-1].plot(

@@ -29,8 +29,8 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
             lambda r: (r.run.client.optimizer, r.start),
             lambda r: r.final_accuracy,
         )
-        if from_both(arms, "sgd", "gd"):
-            pairs = {start: (arms["gd", start], arms["sgd", start]) for start in BOTH}
+        if both := from_both(arms, "sgd", "gd"):
+            pairs = {start: (both["gd", start], both["sgd", start]) for start in BOTH}
             lead = {start: spread(sgd).mean - spread(gd).mean for start, (gd, sgd) in pairs.items()}
             numbers = (
                 f"sgd clients end ahead of gd ones by {change(*pairs[PRETRAINED])}, from "

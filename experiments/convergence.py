@@ -26,9 +26,10 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
     found = {}
     for task, results in tasks(folder, summary).items():
         arms = by_arm(results, lambda r: r.start, lambda r: r.final_accuracy)
-        if from_both(arms):
-            starts = [r for r in results if r.start == PRETRAINED]
-            found[task] = _compare(starts, arms[RANDOM], arms[PRETRAINED])
+        if pair := from_both(arms):
+            random, pretrained = pair[RANDOM], pair[PRETRAINED]
+            starts = [r for r in results if r.start == PRETRAINED and r.run.seed in pretrained]
+            found[task] = _compare(starts, random, pretrained)
     drawing = curves("convergence", "Accuracy by round", folder, summary)
     return Finding(drawing, verdict(CLAIM, found), replaces="test_accuracy")
 

@@ -55,8 +55,7 @@ def tasks(
         Name of a task (data set, and any other varied setting) -> its runs. What has started from
         several weights is as many tasks, which share the runs from random ones.
     """
-    own = {"initialization", "seed", *compared}
-    keys = [key for key in summary["varied"] if key not in own]
+    keys = _apart(summary, {"initialization", "seed", *compared})
     by_task: dict[str, list[Result]] = {}
     given: dict[str, str] = {}  # initializations as the experiment file has them
     for row in summary["runs"]:
@@ -73,6 +72,27 @@ def tasks(
             name = f"{task} from {shorten(given[other])}" if len(others) > 1 else task
             apart[name] = [r for r in results if r.run.initialization in (RANDOM, other)]
     return apart
+
+
+def _apart(summary: Mapping[str, Any], own: set[str]) -> list[str]:
+    """Return the varied keys that set tasks apart, `own` being what a study compares.
+
+    So does a rate that is varied, but not one that goes with its method (`server: [{optimizer: sgd,
+    lr: 1}, {optimizer: adam, lr: 0.01}]`): in a section that is compared, what follows from the
+    other settings belongs to them.
+    """
+    sections = {key.partition(".")[0] for key in own}
+    keys = [key for key in summary["varied"] if key not in own]
+    beside = [key for key in keys if key.partition(".")[0] in sections]
+    others = [key for key in summary["varied"] if key not in (*beside, "seed")]
+
+    def follows(key: str) -> bool:
+        values: dict[str, set[str]] = {}
+        for row in summary["runs"]:
+            values.setdefault(str([row[each] for each in others]), set()).add(str(row[key]))
+        return all(len(found) == 1 for found in values.values())
+
+    return [key for key in keys if key not in beside or not follows(key)]
 
 
 def curves(name: str, title: str, folder: Path, summary: dict[str, Any]) -> Drawing:
@@ -112,10 +132,15 @@ def change(before: BySeed, after: BySeed) -> str:
     )
 
 
-def from_both(arms: Mapping[Any, BySeed], *keys: Hashable) -> bool:
-    """Whether there are values for every (key, initialization); for the initializations alone."""
-    wanted: list[Hashable] = [(key, start) for key in keys for start in BOTH]
-    return all(arm in arms for arm in wanted or BOTH)
+def from_both(arms: Mapping[Any, BySeed], *keys: Hashable) -> dict[Any, BySeed]:
+    """Return the arms (key, initialization), without keys the initializations, to be compared.
+
+    They have the seeds that all of them have: where a run is missing, as it diverged, its pair says
+    nothing. Empty if an arm is missing, or no seed is left.
+    """
+    wanted: list[Hashable] = [(key, start) for key in keys for start in BOTH] or [*BOTH]
+    seeds = set.intersection(*(set(arms.get(arm, ())) for arm in wanted))
+    return {arm: {seed: arms[arm][seed] for seed in sorted(seeds)} for arm in wanted if seeds}
 
 
 def against(random: BySeed, pretrained: BySeed) -> str:
@@ -151,5 +176,5 @@ def _which(agrees: bool) -> str:
 
 def _worded(claim: str, told: list[str]) -> str:
     if not told:
-        return f"The study finds that {claim}; here the runs to compare have not finished."
+        return f"The study finds that {claim}; here there are no finished runs to compare."
     return f"The study finds that {claim}; here, {'; '.join(told)}."

@@ -41,8 +41,8 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
             table.append([task, start, *(wording.spread(each, wording.number) for each in values)])
             flat = [number for each in values for number in (each.mean, each.deviation)]
             numbers.append([task, start, *flat])
-        if from_both(top):
-            random, pretrained = (spread(top[start]).mean for start in (RANDOM, PRETRAINED))
+        if pair := from_both(top):
+            random, pretrained = (spread(pair[start]).mean for start in (RANDOM, PRETRAINED))
             told = (
                 f"it is {wording.number(pretrained)} from pre-trained against "
                 f"{wording.number(random)} from random weights"

@@ -8,6 +8,7 @@ from experiments.findings import (
     PRETRAINED,
     RANDOM,
     BySeed,
+    Result,
     by_arm,
     change,
     from_both,
@@ -26,16 +27,17 @@ _WIDTH = 0.38  # of a bar
 def study(folder: Path, summary: dict[str, Any]) -> Finding:
     """Draw paired bars, IID beside non-IID, for each initialization; compare the two gaps."""
     found, bars = {}, {}
-    compared = ["partition", "partition.kind", "partition.alpha"]
+    compared = ["partition.kind", "partition.alpha"]
     for task, results in tasks(folder, summary, compared).items():
-        arms = by_arm(
-            results,
-            lambda r: (IID if r.run.partition.kind == "iid" else NON_IID, r.start),
-            lambda r: r.final_accuracy,
-        )
-        if from_both(arms, IID, NON_IID):
-            bars[task] = arms
-            found[task] = _compare(arms)
+        for name, against in _by_skew(task, results).items():
+            arms = by_arm(
+                against,
+                lambda r: (IID if r.run.partition.kind == "iid" else NON_IID, r.start),
+                lambda r: r.final_accuracy,
+            )
+            if both := from_both(arms, IID, NON_IID):
+                bars[name] = both
+                found[name] = _compare(both)
     sentence = verdict(CLAIM, found)
     with canvas("iid_gap", 0.4 + 2.2 * len(bars), sentence) as drawn:
         axes = drawn.panels(len(bars))
@@ -65,6 +67,18 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
     header = ["task", "partition", "initialization", "test_accuracy", "standard_deviation", "seeds"]
     drawing = Drawing("iid_gap", "IID against non-IID clients", drawn.svg, to_csv(header, rows))
     return Finding(drawing, sentence)
+
+
+def _by_skew(task: str, results: list[Result]) -> dict[str, list[Result]]:
+    """Return a task for each way to be non-IID; the runs with IID clients are in each."""
+    by_skew: dict[str, list[Result]] = {}
+    for result in results:
+        partition = result.run.partition
+        if partition.kind != "iid":
+            alpha = f" {partition.alpha}" if partition.kind == "dirichlet" else ""
+            by_skew.setdefault(f"{task}, {partition.kind}{alpha}", []).append(result)
+    iid = [result for result in results if result.run.partition.kind == "iid"]
+    return {name if len(by_skew) > 1 else task: iid + own for name, own in by_skew.items()}
 
 
 def _compare(arms: dict[tuple[str, str], BySeed]) -> tuple[str, bool]:

@@ -25,8 +25,8 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
     losses = {}
     for task, results in tasks(folder, summary).items():
         arms = by_arm(results, lambda r: r.start, lambda r: r.rounds[0]["test_loss"])
-        if from_both(arms):
-            losses[task] = {start: spread(values) for start, values in arms.items()}
+        if pair := from_both(arms):
+            losses[task] = {start: spread(values) for start, values in pair.items()}
     told = {
         task: f"it is {wording.number(starts[PRETRAINED].mean)} from pre-trained against "
         f"{wording.number(starts[RANDOM].mean)} from random weights"

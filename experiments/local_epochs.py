@@ -32,13 +32,15 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
             lambda r: (r.run.client.epochs, r.start),
             lambda r: r.final_accuracy,
         )
+        if not arms:
+            continue  # targets are not labels
         lines[task] = {
             start: {epochs: arms[epochs, at] for epochs, at in sorted(arms) if at == start}
             for start in BOTH
         }
-        fewest, most = (end(epochs for epochs, _ in arms) for end in (min, max))
-        if fewest < most and from_both(arms, fewest, most):
-            found[task] = _compare(fewest, most, lines[task])
+        every = sorted({epochs for epochs, _ in arms})
+        if len(every) > 1 and (ends := from_both(arms, every[0], every[-1])):
+            found[task] = _compare(every[0], every[-1], ends)
     sentence = verdict(CLAIM, found)
     dash = dashes(list(BOTH))
     with canvas("local_epochs", 0.5 + 2.1 * len(lines), sentence) as drawn:
@@ -50,7 +52,9 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
                 ax.plot(list(values), means, marker="o", markersize=4, ls=dash[start], label=start)
                 band(ax, list(values), spreads)
             ax.set_xscale("log")
-            ax.xaxis.set_major_locator(FixedLocator([*by_start[RANDOM]]))
+            ax.xaxis.set_major_locator(
+                FixedLocator(sorted({e for each in by_start.values() for e in each}))
+            )
             ax.xaxis.set_major_formatter(ScalarFormatter())
             ax.xaxis.set_minor_locator(NullLocator())
             ax.set_ylim(bottom=0)
@@ -71,8 +75,8 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
     return Finding(Drawing("local_epochs", title, drawn.svg, numbers), sentence)
 
 
-def _compare(fewest: int, most: int, by_start: dict[str, dict[int, BySeed]]) -> tuple[str, bool]:
-    few, many = ({start: by_start[start][epochs] for start in BOTH} for epochs in (fewest, most))
+def _compare(fewest: int, most: int, ends: dict[tuple[int, str], BySeed]) -> tuple[str, bool]:
+    few, many = ({start: ends[epochs, start] for start in BOTH} for epochs in (fewest, most))
     numbers = (
         f"going from {fewest} to {most} local epochs changes the final test accuracy by "
         f"{change(few[PRETRAINED], many[PRETRAINED])}, from pre-trained weights against "

@@ -5,7 +5,17 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from experiments.findings import BOTH, PRETRAINED, RANDOM, BySeed, by_arm, spread, tasks, verdict
+from experiments.findings import (
+    BOTH,
+    PRETRAINED,
+    RANDOM,
+    BySeed,
+    by_arm,
+    from_both,
+    spread,
+    tasks,
+    verdict,
+)
 from fedinit import wording
 from fedinit.drawing import Drawing, canvas, colours, percent, to_csv
 from fedinit.report import Finding
@@ -22,15 +32,14 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
     scores: dict[str, dict[Method, dict[str, BySeed]]] = {}
     for task, results in tasks(folder, summary, OPTIMIZERS).items():
         arms = by_arm(results, lambda each: (each.method, each.start), lambda r: r.final_accuracy)
-        methods = dict.fromkeys(method for method, _ in arms)
-        pairs = {
-            method: {start: arms[method, start] for start in BOTH}
-            for method in methods
-            if all((method, start) in arms for start in BOTH)
-        }
-        if len(pairs) > 1:
-            scores[task] = pairs
-            found[task] = _compare(pairs)
+        methods = [
+            method for method, start in arms if start == RANDOM and (method, PRETRAINED) in arms
+        ]
+        if len(methods) > 1 and (both := from_both(arms, *methods)):
+            scores[task] = {
+                method: {start: both[method, start] for start in BOTH} for method in methods
+            }
+            found[task] = _compare(scores[task])
     titles = {task: f"{task}: {_tau(pairs)}" for task, pairs in scores.items()}
     described = "; ".join(f"{task} {numbers}" for task, (numbers, _) in found.items())
     with canvas("ranking", 0.2 + 3.6 * len(scores), f"Slope chart. {described}") as drawn:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -14,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fedinit.drawing import INK, PALETTE, Drawing, band, canvas, colours, dashes, percent, to_csv
 from fedinit.errors import one_line
-from fedinit.results import DIVERGED, RunFolder
+from fedinit.results import DIVERGED, DONE, RunFolder
 from fedinit.statistics import Spread
 
 MEASURES = {
@@ -63,9 +64,14 @@ def label(row: dict[str, Any], keys: list[str]) -> str:
 
 
 def shorten(value: Any) -> str:
-    """Return a setting's value on one short line; of a long path the end is kept."""
+    """Return a setting's value on one short line; of a long path the end is kept.
+
+    Where there is more, four digits tell it from another with the same end.
+    """
     text = one_line(value)
-    return text if len(text) <= _LONGEST else f"\N{HORIZONTAL ELLIPSIS}{text[1 - _LONGEST :]}"
+    if len(text) <= _LONGEST:
+        return text
+    return f"\N{HORIZONTAL ELLIPSIS}{text[6 - _LONGEST :]} {crc32(text.encode()) % 0x10000:04x}"
 
 
 def draw_figures(
@@ -150,7 +156,10 @@ def _lines(
     lines = []
     for rows in groups.values():
         values: dict[int, list[float]] = {}
-        for row in rows:
+        ended = [
+            row for row in rows if row["status"] == DONE
+        ]  # a mean is of the same runs throughout
+        for row in ended or rows:
             for line in histories[row["run"]]:
                 if line.get(measure) is not None:
                     values.setdefault(line["round"], []).append(line[measure])

@@ -302,7 +302,7 @@ def test_a_study_without_finished_runs_says_so(tmp_path: Path, study: str) -> No
     )
     found = find(folder, read_summary(folder))
     assert found is not None
-    assert found.sentence.endswith("here the runs to compare have not finished.")
+    assert found.sentence.endswith("here there are no finished runs to compare.")
     write_report(folder, found)
 
 
