@@ -121,4 +121,5 @@ def _draw(ax: Any, task: str, name: str, curves: Curves) -> None:
                 band(ax, list(spreads), list(spreads.values()), color=colour)
     if name.endswith("accuracy"):
         percent(ax.yaxis)
+    ax.set_xlabel("round", fontsize=7)
     ax.tick_params(labelsize=7)

@@ -7,6 +7,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from clients.client_optimizers import FULL_GRADIENT, LOCAL_STEPS
 from experiments.proxies import check
 from experiments.studies import check_study
 from experiments.unread import notes
@@ -15,6 +16,7 @@ from fedinit import wording
 from fedinit.config import Run
 from fedinit.errors import NotHereError
 from fedinit.experiment_file import Experiment
+from fedinit.parameters import size_in_bytes
 from fedinit.problem import Problem
 
 
@@ -22,9 +24,9 @@ def cost_table(experiment: Experiment) -> Group:
     """List the runs with rounds, client updates, examples visited in training, and traffic.
 
     Updates are rounds x cohort; examples are expected ones (updates x a client's mean examples x
-    its expected local epochs); traffic is x down and up again for each update. A run whose data
-    are not here has no examples and traffic. What is not ready, data or published weights, follows
-    the table.
+    its expected passes through them); traffic is x down and up again for each update. A run whose
+    data are not here has no examples and traffic. What is not ready, data or published weights,
+    follows the table.
 
     Raises:
         RequestError: a request is wrong.
@@ -62,9 +64,11 @@ def _work(run: Run, problem: Problem) -> list[float]:
     updates = run.rounds * run.cohort
     share, (low, high) = run.stragglers.fraction, run.stragglers.epochs
     epochs = (1 - share) * run.client.epochs + share * (low + high) / 2
-    arrays = problem.model.state_dict().values()
-    size = sum(each.numel() * each.element_size() for each in arrays)
-    return [updates * problem.dataset.owners.sizes.mean() * epochs, 2e-9 * updates * size]
+    passes = epochs * (run.client.optimizer in LOCAL_STEPS) + (
+        run.client.optimizer in FULL_GRADIENT
+    )
+    size = size_in_bytes(problem.layout.record_of(problem.model))
+    return [updates * problem.dataset.owners.sizes.mean() * passes, 2e-9 * updates * size]
 
 
 def _write(cost: float | None) -> str:

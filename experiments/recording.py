@@ -152,7 +152,8 @@ def initial_curvature(prepared: Simulation) -> dict[str, float | int]:
     if not run.measure.hessian:
         return {}
 
-    rows = keyed(Draw.SAMPLE, run.seed).permutation(len(problem.dataset))[: run.measure.hessian]
+    owned = problem.dataset.owned
+    rows = keyed(Draw.SAMPLE, run.seed).permutation(owned)[: run.measure.hessian]
     batches = []
     for at in range(0, len(rows), _HESSIAN_BATCH):
         inputs, targets = problem.dataset.batch(rows[at : at + _HESSIAN_BATCH])

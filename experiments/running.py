@@ -17,6 +17,7 @@ from experiments.wiring import Datasets, Simulation, simulation
 from fedinit.config import Run
 from fedinit.errors import RequestError, WriteError, located
 from fedinit.experiment_file import Experiment
+from fedinit.problem import label_space
 from fedinit.randomness import seed_strategy
 from fedinit.results import ENDED, SUMMARY, RunFolder, summarize
 from fedinit.simulation import RayGrid, Workers
@@ -200,7 +201,8 @@ def execute(
         raise
     if run.measure.distance:
         folder.measure_distances(layout.flatten(final))
-    folder.finish(layout.named(final))
+    labels = label_space(run, prepared.problem.dataset)
+    folder.finish(layout.named(final), labels=labels)
 
 
 def train(

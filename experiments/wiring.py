@@ -221,6 +221,7 @@ def initialize(run: Run, problem: Problem) -> Initialization:
         RequestError: the initialization is unknown, or its weights are missing or do not fit.
     """
     spec = find_model(run.model)
+    trained_on = None
     if run.initialization == "random":
         return initialization.random(problem.model)
     if run.initialization == "pretrained":
@@ -230,7 +231,7 @@ def initialize(run: Run, problem: Problem) -> Initialization:
                 "path to a .safetensors file"
             )
         path = spec.pretrained()
-        source = f"pretrained ({path.name})"
+        source, trained_on = f"pretrained ({path.name})", spec.labels
     elif run.initialization == "proxy":
         path = proxy_path(run)
         source = f"proxy ({run.proxy.dataset}, {path.name})"
@@ -249,6 +250,7 @@ def initialize(run: Run, problem: Problem) -> Initialization:
         source,
         label_space(run, problem.dataset),
         run.normalization == "fresh",
+        trained_on,
     )
 
 
@@ -337,12 +339,15 @@ def try_out(run: Run, problem: Problem) -> None:
         RequestError: they do not fit.
     """
     shape = tuple(problem.dataset.inputs.shape[1:])
+    labels = problem.dataset.num_classes
     for targets in (problem.dataset.targets, problem.dataset.test_targets):
-        if problem.loss is cross_entropy and targets.ndim == 1 and targets.min() < 0:
-            raise RequestError(
-                f"dataset: '{run.dataset}' has the target {targets.min()}, loss '{run.loss}' needs "
-                "labels from 0"
-            )
+        if problem.loss is cross_entropy and labels is not None and targets.ndim == 1:
+            ends = [int(end) for end in targets.aminmax()]
+            for wrong in (end for end in ends if not 0 <= end < labels):
+                raise RequestError(
+                    f"dataset: '{run.dataset}' has the target {wrong}, loss '{run.loss}' needs "
+                    f"labels from 0 to {labels - 1}"
+                )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one line is enough

@@ -63,6 +63,7 @@ def from_file(
     source: str,
     labels: str | None = None,
     fresh_normalization: bool = False,
+    trained_on: str | None = None,
 ) -> Initialization:
     """Read weights into a model, in place.
 
@@ -78,6 +79,7 @@ def from_file(
         fresh_normalization: leave the scales and shifts of normalisation layers as they are, one
             and zero when the model is new: those of another kind of normalisation, BatchNorm's for
             GroupNorm, were trained with other statistics.
+        trained_on: what the labels of a file mean that does not say it; None: the model's.
 
     Raises:
         RequestError: the file is missing or corrupt, or its names or shapes do not fit the model.
@@ -90,7 +92,7 @@ def from_file(
     def fits(name: str) -> bool:
         return name in weights and weights[name].shape == own[name].shape
 
-    same_labels = labels is None or about.get("labels", labels) == labels
+    same_labels = labels is None or about.get("labels", trained_on or labels) == labels
     head_fits = same_labels and all(fits(name) for name in own if in_head(name, head))
     normalization = _normalization(model) if fresh_normalization else set()
     record = Initialization(source, about=about)

@@ -30,6 +30,7 @@ from fedinit.checkpoints import DamagedError
 from fedinit.config import Run, make_run, to_yaml
 from fedinit.errors import RequestError, WriteError, one_line
 from fedinit.experiment_file import Experiment
+from fedinit.initialization import METADATA
 from fedinit.wording import cell
 from fedinit.yaml_settings import read_settings
 
@@ -201,11 +202,12 @@ class RunFolder:
     def _kept(self, server_round: int) -> Path:
         return self.path / "x" / f"round-{server_round:06d}.safetensors"
 
-    def finish(self, weights: dict[str, torch.Tensor]) -> None:
-        """Write the final weights; after this the run is done."""
+    def finish(self, weights: dict[str, torch.Tensor], **about: str) -> None:
+        """Write the final weights, with what is to be known of them; after this the run is done."""
         contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+        content = save(contiguous, {METADATA: to_json(about)} if about else None)
         self._keep_lines()
-        write_atomically(self.path / "final.safetensors", save(contiguous))
+        write_atomically(self.path / "final.safetensors", content)
         with writing(self.path):
             self._forget_checkpoints()
 
@@ -374,6 +376,7 @@ def _outcome(at: RunFolder, target: float | None) -> dict[str, Any]:
     accuracies = [line for line in tested if line.get("test_accuracy") is not None]
     last = tested[-1] if tested and status == DONE else {}  # what was broken off has no end
     least = math.inf if target is None else target
+    counted = [line["failed_clients"] for line in rounds if "failed_clients" in line]
     reached = [line["round"] for line in accuracies if line["test_accuracy"] >= least]
     return {
         "status": status,
@@ -387,13 +390,7 @@ def _outcome(at: RunFolder, target: float | None) -> dict[str, Any]:
         "best_test_loss": min((line["test_loss"] for line in tested), default=None),
         "rounds_to_target": min(reached, default=None),
         "diverged_in_round": at.divergence.get("round"),
-        "failed_clients": _total(rounds, "failed_clients"),
+        "failed_clients": sum(counted) if counted else None,
         "wall_seconds": round(sum(line["wall_seconds"] for line in rounds), 3),
         "error": at.error,
     }
-
-
-def _total(rounds: list[dict[str, Any]], name: str) -> int | None:
-    """Sum what rounds counted; None where they did not count."""
-    counts = [line[name] for line in rounds if name in line]
-    return sum(counts) if counts else None

@@ -206,11 +206,17 @@ class Recurrent(nn.Module):
         return self.lstm(images.flatten(2).transpose(1, 2).reshape(len(images), -1, 16))[0][:, -1]
 
 
-def signs() -> FederatedDataset:
+def signs(least: int = -1, classes: int | None = None) -> FederatedDataset:
     """Labels of -1 and 1, for a loss that takes them."""
-    points, labels = torch.ones(4, 8), torch.tensor([-1, 1, -1, 1])
+    points, labels = torch.ones(4, 8), torch.tensor([least, 1, least, 1])
     rows = {"a": [0], "b": [1], "c": [2], "d": [3]}
-    return FederatedDataset(points, labels, rows, points, labels)
+    return FederatedDataset(points, labels, rows, points, labels, classes)
+
+
+def thousand(labels: str) -> FederatedDataset:
+    """An image of one of a thousand classes."""
+    image, label = torch.zeros(1, 3, 32, 32), torch.tensor([999])
+    return FederatedDataset(image, label, {"a": [0]}, image, label, labels=labels)
 
 
 def other_gaussians() -> FederatedDataset:

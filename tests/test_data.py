@@ -7,7 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedinit.config import Partition
-from fedinit.data import DATASETS, ClientRows, FederatedDataset, partitioned
+from fedinit.data import (
+    DATASETS,
+    ClientRows,
+    FederatedDataset,
+    partitioned,
+    with_validation,
+)
 from fedinit.errors import RequestError
 
 
@@ -54,6 +60,44 @@ def test_alpha_sets_the_skew():
     # proportions q ~ Dir(0.1, ..., 0.1): E sum q^2 = (1 + a) / (1 + K a) = 1.1 / 2
     shares = np.array(labels_of(0.1)[:15]) / 100
     assert (shares**2).sum(1).mean() == pytest.approx(0.55, abs=0.15)
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet"])
+def test_rows_that_no_client_owns_are_dealt_to_none(kind):
+    """A test set may lie among the rows, as README's own example has it."""
+    rows, labels = torch.zeros(20, 1), torch.arange(20) % 2
+    clients = {"a": range(3, 9), "b": range(7, 13)}
+    data = FederatedDataset(rows, labels, clients, rows[15:], labels[15:])
+    dealt = partitioned(data, Partition(kind=kind, clients=4), 0)
+    assert sorted(dealt.owners.rows.tolist()) == list(range(3, 13))
+    assert data.owned.tolist() == list(range(3, 13))
+    with pytest.raises(RequestError, match="11 clients cannot share 10 rows"):
+        partitioned(data, Partition(kind=kind, clients=11), 0)
+
+
+def test_a_row_of_two_clients_is_held_out_of_both():
+    rows = torch.zeros(40, 1)
+    both = {"a": range(30), "b": range(10, 40)}
+    held = with_validation(FederatedDataset(rows, rows, both, rows, rows), 0.2, seed=0)
+    assert held.held_out is not None
+    assert not set(held.held_out) & set(held.owners.rows)
+    assert sorted({*held.held_out, *held.owners.rows}) == list(range(40))
+    assert 6 <= len(held.held_out) <= 12  # of each client's 30 rows 6
+
+
+@pytest.mark.parametrize(("share", "held"), [(0.29, 29), (0.57, 57), (0.005, 0)])
+def test_a_share_is_counted_as_it_is_written(share, held):
+    """0.29 * 100 is 28.999999999999996 in binary."""
+    rows = torch.zeros(101, 1)
+    clients = {"a": range(100), "b": range(100, 101)}
+    data = FederatedDataset(rows, rows, clients, rows, rows)
+    if held:
+        found = with_validation(data, share, seed=0).held_out
+        assert found is not None
+        assert len(found) == held
+    else:
+        with pytest.raises(RequestError, match="less than one row"):
+            with_validation(data, share, seed=0)
 
 
 def test_partitions_are_keyed_by_the_seed():

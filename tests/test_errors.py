@@ -125,6 +125,10 @@ CASES = {
         {"dataset": "plugged_in:signs"},
         ["'plugged_in:signs' has the target -1", "labels from 0"],
     ),
+    "a label beyond the data set's": (
+        {"dataset": "plugged_in:signs", "dataset_args": {"least": 0, "classes": 1}},
+        ["'plugged_in:signs' has the target 1", "labels from 0 to 0"],
+    ),
     "a loss that is no factory": (
         {"loss": "plugged_in:half_squared_error", "loss_args": {"outputs": 1}},
         ["half_squared_error failed", "with loss_args it is called with them alone"],

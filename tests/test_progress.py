@@ -4,9 +4,13 @@ import io
 import time
 
 import pytest
+import yaml
 from rich.console import Console
+from torch import nn
 
+from experiments.dry_run import cost_table
 from experiments.progress import Progress
+from fedinit.experiment_file import load_experiment
 
 
 @pytest.mark.parametrize("before", [0, 40], ids=["from the start", "resumed"])
@@ -52,3 +56,30 @@ def test_a_table_that_goes_into_a_file_is_not_broken_at_80_columns(
     assert result.exit_code == 0, result.output
     run = "dataset_args.per_client=20,strategy=flwr.serverapp.strategy_FedMedian"
     assert f"\n{run} " in result.stdout
+
+
+def tied(num_classes: int) -> nn.Module:
+    """Two layers with one weight."""
+    first, second = (nn.Linear(8, num_classes, bias=False) for _ in range(2))
+    second.weight = first.weight
+    return nn.Sequential(first, second)
+
+
+@pytest.mark.parametrize(
+    ("client", "stragglers", "passes"),
+    [
+        ({"optimizer": "sgd", "epochs": 5}, {}, 5),
+        ({"optimizer": "gd", "epochs": 5}, {"fraction": 1.0, "epochs": [3, 3]}, 1),
+        ({"optimizer": "mimelite", "epochs": 2}, {"fraction": 0.5, "epochs": [4, 6]}, 4.5),
+    ],
+)
+def test_a_dry_run_counts_the_passes_and_a_tied_weight_once(client, stragglers, passes, tmp_path):
+    """10 rounds of 2 clients of 20 and 25 rows; down and up 20 times 8 x 8 numbers of 4 bytes."""
+    file = tmp_path / "tied.yaml"
+    settings = {"dataset": "tests.plugged_in:gaussians", "model": "tests.test_progress:tied"}
+    settings |= {"dataset_args": {"clients": 2, "classes": 8}, "cohort": 2, "rounds": 10}
+    file.write_text(yaml.safe_dump(settings | {"client": client, "stragglers": stragglers}))
+    told = io.StringIO()
+    Console(file=told, width=200).print(cost_table(load_experiment(file)))
+    (row,) = [line.split() for line in told.getvalue().splitlines() if line.startswith("tied")]
+    assert row == ["tied", "10", "20", f"{450 * passes:,.0f}", f"{2e-9 * 20 * 4 * 64:.3g}"]

@@ -24,9 +24,10 @@ RNG = np.random.default_rng(0)
 WRITERS = ["f01", "f02", "f02", "f03", "f03", "f03"]
 
 
-def png(pixels: np.ndarray) -> dict[str, object]:
+def png(pixels: np.ndarray, mode: str | None = None) -> dict[str, object]:
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
+    image = Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(file, "PNG")
     return {"bytes": file.getvalue(), "path": None}
 
 
@@ -80,6 +81,20 @@ def test_cifar10_in_the_hubs_layout(tmp_path, colour):
     assert data.targets.tolist() == [3, 1, 9]
     assert data.test_inputs[0].numpy().tolist() == colour[3].transpose(2, 0, 1).tolist()
     assert data.clients is None
+
+
+def test_a_palette_is_its_colours_and_16_bits_are_refused(tmp_path):
+    few = np.zeros((2, 32, 32, 3), dtype=np.uint8)
+    few[:, 16:] = (255, 0, 51)  # one of the palette's
+    for split in ("train", "test"):
+        path = write_cifar(tmp_path, split, few, [1, 2])
+        images = [png(each, mode="P") for each in few]
+        pq.write_table(pa.table({"img": images, "label": [1, 2]}), path)
+    assert torch.equal(cifar10(str(tmp_path)).inputs, torch.from_numpy(few).permute(0, 3, 1, 2))
+    images = [png(np.full((32, 32), 300, dtype=np.uint16))] * 2
+    pq.write_table(pa.table({"img": images, "label": [1, 2]}), path)
+    with pytest.raises(RequestError, match="row 0: not an image: its pixels are"):
+        cifar10(str(tmp_path))
 
 
 def test_cifar10_in_its_original_layout(tmp_path, colour):
@@ -225,6 +240,7 @@ def test_a_damaged_parquet_is_one_line_that_names_it(tmp_path, colour, damage):
         ({"user_data": {"a": {"x": [], "y": []}}}, "users[0] has no examples"),
         ({"user_data": {"a": {"x": [[0.0] * 784], "y": [1, 2]}}}, "has 1 x and 2 y"),
         ({"user_data": {"a": {"x": [[0.0] * 7], "y": [1]}}}, "reshape"),
+        ({"user_data": {"a": {"x": [[255.0] * 784], "y": [1]}}}, "a pixel outside [0, 1]"),
         ({"user_data": 3}, "expected LEAF's keys"),
     ],
 )

@@ -130,6 +130,8 @@ POSTS = """\ufeff<?xml version="1.0" encoding="utf-8"?>
 
 def test_posts_of_a_stack_exchange_dump(tmp_path):
     (tmp_path / "Posts.xml").write_text(POSTS, encoding="utf-8")
+    for other in ("Badges", "Comments", "PostHistory"):  # they come with it
+        (tmp_path / f"{other}.xml").write_text("<rows/>")
     train, test = stackoverflow(str(tmp_path), Choice())
     assert by_owner(train) == expected({"7": ["What is <b> & why?"], "8": ["Try this now"]})
     assert test is None
@@ -238,7 +240,7 @@ def truncated(folder: Path) -> None:
         (stackoverflow, posts(b"<posts>\n<row Body='caf\xe9'/></posts>"), ["Posts.xml", "line 2"]),
         (stackoverflow, posts(b"<posts><row OwnerUserId='1'"), ["Posts.xml"]),
         (stackoverflow, posts(b"<posts><row Body='x'/></posts>"), ["no row has OwnerUserId"]),
-        (stackoverflow, lambda _folder: None, ["holds no *.sqlite and no *.json and no *.xml"]),
+        (stackoverflow, lambda _folder: None, ["holds no *.sqlite and no *.json and no Posts.xml"]),
         (reddit, truncated, ["RC.parquet"]),
         (
             reddit,

@@ -10,12 +10,15 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from experiments import tuning
+from experiments.cli import EXPERIMENTS
 from experiments.progress import Progress
-from fedinit.config import Partition
+from experiments.studies import STUDIES
+from fedinit.config import Partition, Run
 from fedinit.data import partitioned, with_validation
 from fedinit.errors import RequestError
 from fedinit.experiment_file import load_experiment
 from tests.plugged_in import gaussians
+from tests.test_studies import UNTRAINED
 
 # One step of one client: x = lr b from 0, with b = 1. The test set's optimum is 1.5: whoever looked
 # at it would take another rate.
@@ -235,3 +238,22 @@ def test_validation_rows_are_of_every_client_and_trained_on_by_none():
     assert (other != dealt.held_out).any()
     with pytest.raises(RequestError, match="less than one row"):
         with_validation(whole, 0.01, 0)
+
+
+def arm(run: Run) -> tuple[str, ...]:
+    method = (run.client.optimizer, run.server.optimizer)
+    return run.dataset, run.model, *method, run.initialization
+
+
+def test_every_paper_arm_is_tuned_by_its_preset_and_no_two_methods_are_one() -> None:
+    """Untuned, a proximal client has its term, and Adam a rate that it can bear."""
+    searched = set(
+        map(arm, load_experiment(EXPERIMENTS / "tuning.yaml", preset="paper").runs.values())
+    )
+    for study in STUDIES.keys() - UNTRAINED:
+        runs = load_experiment(EXPERIMENTS / f"{study}.yaml", preset="paper").runs.values()
+        assert {arm(run) for run in runs} <= searched, study
+        for run in runs:
+            assert run.client.mu > 0 or run.client.optimizer != "proximal"
+            rate = run.client.lr if run.client.optimizer == "mimelite" else run.server.lr
+            assert rate <= 0.01 or run.server.optimizer != "adam"

@@ -134,6 +134,11 @@ class FederatedDataset:
     def __len__(self) -> int:
         return len(self.inputs)
 
+    @property
+    def owned(self) -> np.ndarray:
+        """The rows that clients own, ascending: others are nobody's to train on."""
+        return np.arange(len(self)) if self.clients is None else np.unique(self.clients.rows)
+
     def with_clients(
         self, clients: ClientRows, held_out: np.ndarray | None = None
     ) -> "FederatedDataset":

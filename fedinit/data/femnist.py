@@ -70,6 +70,8 @@ def _read_leaf(paths: list[Path]) -> tuple[Tensor, Tensor, np.ndarray]:
         try:
             pixels = np.asarray(inputs, dtype=np.float64).reshape(-1, 1, SIDE, SIDE)
             labels.append(np.asarray(targets, dtype=np.int64).reshape(len(pixels)))
+            if not ((pixels >= 0) & (pixels <= 1)).all():
+                raise ValueError("a pixel outside [0, 1]")
         except (TypeError, ValueError) as error:
             raise RequestError(f"{paths[0].parent}: writer {user}: {one_line(error)}") from None
         images.append((pixels * 255).round().astype(np.uint8))

@@ -69,7 +69,11 @@ def _decode(column: pa.ChunkedArray, name: str) -> np.ndarray:
 
     def pixels(row: int) -> np.ndarray:
         try:
-            return np.asarray(Image.open(io.BytesIO(contents[row].as_py())))
+            image = Image.open(io.BytesIO(contents[row].as_py()))
+            decoded = np.asarray(image.convert("RGB") if image.mode == "P" else image)
+            if decoded.dtype != np.uint8:
+                raise ValueError(f"its pixels are {decoded.dtype}, expected uint8")
+            return decoded
         except (OSError, TypeError, ValueError) as error:
             raise RequestError(f"{name}: row {row}: not an image: {one_line(error)}") from None
 

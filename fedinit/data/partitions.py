@@ -9,12 +9,13 @@ from fedinit.data.federated_dataset import ClientRows, FederatedDataset
 from fedinit.errors import RequestError
 from fedinit.randomness import Draw, keyed
 
+_ROUNDING = 1e-9  # 0.29 of 100 rows are 29, in whatever digits the product is written
+
 
 def iid(dataset: FederatedDataset, partition: Partition, seed: int) -> ClientRows:
     """Shuffled rows in equal shares; sizes differ by one at most."""
-    rows = keyed(Draw.PARTITION, seed).permutation(len(dataset))
-    sizes = _equal_sizes(len(dataset), partition.clients)
-    return _columns(rows, sizes)
+    rows = keyed(Draw.PARTITION, seed).permutation(dataset.owned)
+    return _columns(rows, _equal_sizes(len(rows), partition.clients))
 
 
 def dirichlet(dataset: FederatedDataset, partition: Partition, seed: int) -> ClientRows:
@@ -32,7 +33,8 @@ def dirichlet(dataset: FederatedDataset, partition: Partition, seed: int) -> Cli
             f"partition.kind: dirichlet: a label is {dataset.targets.min()}, not 0.."
         )
     rng = keyed(Draw.PARTITION, seed)
-    labels = dataset.targets.numpy()
+    owned = dataset.owned
+    labels = dataset.targets.numpy()[owned]
     order = rng.permutation(len(labels))
     by_label = order[np.argsort(labels[order], kind="stable")]
     counts = np.bincount(labels)
@@ -47,7 +49,7 @@ def dirichlet(dataset: FederatedDataset, partition: Partition, seed: int) -> Cli
         taken += share
         rows[start : start + size] = np.concatenate(chosen)
         start += size
-    return _columns(rows, sizes)
+    return _columns(owned[rows], sizes)
 
 
 def natural(dataset: FederatedDataset, _partition: Partition, _seed: int) -> ClientRows:
@@ -63,14 +65,14 @@ PARTITIONS: dict[str, Callable[[FederatedDataset, Partition, int], ClientRows]] 
 
 
 def partitioned(dataset: FederatedDataset, partition: Partition, seed: int) -> FederatedDataset:
-    """Return the data set dealt to clients; every row is given to exactly one, none has nothing.
+    """Return the data set dealt to clients; each row that is owned goes to exactly one of them.
 
     Raises:
         RequestError: there are more clients than rows, or the data do not suit the partition.
     """
-    if partition.kind != "natural" and partition.clients > len(dataset):
+    if partition.kind != "natural" and partition.clients > len(dataset.owned):
         raise RequestError(
-            f"partition.clients: {partition.clients} clients cannot share {len(dataset)} rows"
+            f"partition.clients: {partition.clients} clients cannot share {len(dataset.owned)} rows"
         )
     return dataset.with_clients(PARTITIONS[partition.kind](dataset, partition, seed))
 
@@ -78,13 +80,15 @@ def partitioned(dataset: FederatedDataset, partition: Partition, seed: int) -> F
 def with_validation(dataset: FederatedDataset, share: float, seed: int) -> FederatedDataset:
     """Hold out a share of each client's rows, rounded down; x is then tested on these.
 
+    A row that is held out of one client is held out of all that own it.
+
     Args:
         dataset: the data set, dealt to clients.
         share: in [0, 1); 0 leaves the data set as it is.
         seed: with it the rows are drawn.
 
     Raises:
-        RequestError: no client has enough rows to spare one.
+        RequestError: no client has enough rows to spare one, or one has none left.
     """
     if not share:
         return dataset
@@ -93,12 +97,13 @@ def with_validation(dataset: FederatedDataset, share: float, seed: int) -> Feder
     draw = keyed(Draw.VALIDATION, seed).random(len(owner))
     place = np.empty(len(owner), dtype=np.int64)  # of a row in its client's random order
     place[np.lexsort((draw, owner))] = np.arange(len(owner)) - owners.offsets[owner]
-    kept = place >= np.floor(share * owners.sizes)[owner]
+    spared = place < np.floor(share * owners.sizes + _ROUNDING)[owner]
+    kept = ~np.isin(owners.rows, owners.rows[spared])
     if kept.all():
         raise RequestError(f"validation: a share of {share} is less than one row of every client")
     sizes = np.bincount(owner[kept], minlength=len(owners))
     training = ClientRows(owners.ids, owners.rows[kept], np.cumsum([0, *sizes]))
-    return dataset.with_clients(training, np.sort(owners.rows[~kept]))
+    return dataset.with_clients(training, np.unique(owners.rows[~kept]))
 
 
 def _draw_counts(

@@ -1,4 +1,4 @@
-"""Posts.xml of a Stack Exchange dump: questions and answers in HTML, by their owners."""
+"""Posts.xml of a Stack Exchange dump: what people wrote, in HTML, by its owners."""
 
 from html.parser import HTMLParser
 from pathlib import Path

@@ -20,8 +20,9 @@ def stackoverflow(data_dir: str | None, choice: Choice) -> Split:
     """Questions and answers of Stack Overflow by user (natural clients)."""
     if data_dir is None:
         return read_tff(download_lzma(URL, "stackoverflow.sqlite"), choice)
-    files = find(data_dir, *(f"*{suffix}" for suffix in _READERS))
-    return _READERS[files[0].suffix](files, choice)
+    files = find(data_dir, *_READERS)
+    reader = next(read for pattern, read in _READERS.items() if files[0].match(pattern))
+    return reader(files, choice)
 
 
 def _tff(files: list[Path], choice: Choice) -> Split:
@@ -59,7 +60,7 @@ def _posts(files: list[Path], choice: Choice) -> Split:
 
 
 _READERS: dict[str, Callable[[list[Path], Choice], Split]] = {
-    ".sqlite": _tff,
-    ".json": _json,
-    ".xml": _posts,
+    "*.sqlite": _tff,
+    "*.json": _json,
+    "Posts.xml": _posts,  # of a dump's many
 }

@@ -23,12 +23,14 @@ class Model:
             is trained with `trainable: head`. None: the model has no head apart.
         pretrained: returns the file of its pre-trained weights; None: it has none.
         weights: where those weights come from, for people.
+        labels: what the labels of their head mean; None: whatever they are used for.
     """
 
     build: Callable[..., nn.Module]
     head: str | None = None
     pretrained: Callable[[], Path] | None = None
     weights: str = "none"
+    labels: str | None = None
 
 
 MODELS = {
@@ -38,18 +40,21 @@ MODELS = {
         head="classifier.1",
         pretrained=partial(asset, "squeezenet1_1-imagenet.fp16.safetensors"),
         weights="ImageNet, embedded",
+        labels="imagenet",
     ),
     "squeezenet1_0": Model(
         squeezenet1_0,
         head="classifier.1",
         pretrained=partial(torchvision_checkpoint, "SqueezeNet1_0_Weights.IMAGENET1K_V1"),
         weights="ImageNet, torchvision's (download)",
+        labels="imagenet",
     ),
     "resnet18": Model(
         resnet18,
         head="fc",
         pretrained=partial(torchvision_checkpoint, "ResNet18_Weights.IMAGENET1K_V1"),
         weights="ImageNet, torchvision's (download); normalisation in groups",
+        labels="imagenet",
     ),
     "charrnn": Model(
         charrnn,
