@@ -64,9 +64,8 @@ def _work(run: Run, problem: Problem) -> list[float]:
     updates = run.rounds * run.cohort
     share, (low, high) = run.stragglers.fraction, run.stragglers.epochs
     epochs = (1 - share) * run.client.epochs + share * (low + high) / 2
-    passes = epochs * (run.client.optimizer in LOCAL_STEPS) + (
-        run.client.optimizer in FULL_GRADIENT
-    )
+    client = run.client.optimizer
+    passes = epochs * (client in LOCAL_STEPS) + (client in FULL_GRADIENT)
     size = size_in_bytes(problem.layout.record_of(problem.model))
     return [updates * problem.dataset.owners.sizes.mean() * passes, 2e-9 * updates * size]
 

@@ -29,9 +29,9 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
     found, bars = {}, {}
     compared = ["partition.kind", "partition.alpha"]
     for task, results in tasks(folder, summary, compared).items():
-        for name, against in _by_skew(task, results).items():
+        for name, own in _by_skew(task, results).items():
             arms = by_arm(
-                against,
+                own,
                 lambda r: (IID if r.run.partition.kind == "iid" else NON_IID, r.start),
                 lambda r: r.final_accuracy,
             )

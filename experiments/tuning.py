@@ -11,6 +11,7 @@ DIR/rates.yaml     the best rates of each arm that is done, as rules for an expe
 import itertools
 import logging
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,9 @@ _SCORED = 3  # last evaluations, averaged: one alone is noisy when cohorts are s
 _FREE = 2  # trials that are never stopped early; later ones are compared with the median
 _REQUEST, _TRIALS = "request.json", "trials.db"
 _FAILURE = "failure"
+
+# Lists are searched as well (server.betas), which Optuna can store, and says that it cannot.
+warnings.filterwarnings("ignore", message="Choices for a categorical|.*supported by `GridSampler`")
 
 
 class Tune(Strict):

@@ -156,9 +156,8 @@ def _lines(
     lines = []
     for rows in groups.values():
         values: dict[int, list[float]] = {}
-        ended = [
-            row for row in rows if row["status"] == DONE
-        ]  # a mean is of the same runs throughout
+        # A mean is of the same runs in every round: of those broken off only while none is done.
+        ended = [row for row in rows if row["status"] == DONE]
         for row in ended or rows:
             for line in histories[row["run"]]:
                 if line.get(measure) is not None:
