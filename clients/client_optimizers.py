@@ -147,7 +147,7 @@ CLIENT_OPTIMIZERS: dict[str, ClientOptimizer] = {
 # These mean what their papers say only with a server that knows of them: strategy `fedopt`.
 NEED_FEDOPT = {"nova", "mimelite"}
 OBEY_PROXIMAL_MU = ("sgd", "proximal")  # of Flower's FedProx
-LOCAL_STEPS = ("sgd", "proximal", "nova", "mimelite")  # have local epochs
+NO_LOCAL_STEPS = ("gd",)  # whatever the local epochs are
 FULL_GRADIENT = ("gd", "mimelite")  # pass once through all examples at x
 
 

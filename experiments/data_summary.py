@@ -111,7 +111,7 @@ def facts(run: Run, dataset: FederatedDataset) -> Table:
     rows = {
         "read from": run.dataset_args.get("data_dir")
         or (source(run.dataset) if run.dataset in DATASETS else "your code"),
-        "training examples": f"{len(dataset):,}",
+        "training examples": f"{len(dataset.owned):,}",
         "test examples": f"{dataset.test_size:,}",
         "a row": f"{list(dataset.inputs.shape[1:])} {str(dataset.inputs.dtype)[6:]}",
         "labels": f"{dataset.num_classes:,}" if dataset.num_classes else "none: numbers",

@@ -7,7 +7,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from clients.client_optimizers import FULL_GRADIENT, LOCAL_STEPS
+from clients.client_optimizers import FULL_GRADIENT, NO_LOCAL_STEPS
 from experiments.proxies import check
 from experiments.studies import check_study
 from experiments.unread import notes
@@ -16,7 +16,6 @@ from fedinit import wording
 from fedinit.config import Run
 from fedinit.errors import NotHereError
 from fedinit.experiment_file import Experiment
-from fedinit.parameters import size_in_bytes
 from fedinit.problem import Problem
 
 
@@ -65,8 +64,9 @@ def _work(run: Run, problem: Problem) -> list[float]:
     share, (low, high) = run.stragglers.fraction, run.stragglers.epochs
     epochs = (1 - share) * run.client.epochs + share * (low + high) / 2
     client = run.client.optimizer
-    passes = epochs * (client in LOCAL_STEPS) + (client in FULL_GRADIENT)
-    size = size_in_bytes(problem.layout.record_of(problem.model))
+    passes = epochs * (client not in NO_LOCAL_STEPS) + (client in FULL_GRADIENT)
+    state = problem.model.state_dict()
+    size = sum(state[name].nbytes for name in problem.layout.shapes)
     return [updates * problem.dataset.owners.sizes.mean() * passes, 2e-9 * updates * size]
 
 

@@ -78,10 +78,10 @@ def _apart(summary: Mapping[str, Any], own: set[str]) -> list[str]:
     """Return the varied keys that set tasks apart, `own` being what a study compares.
 
     So does a rate that is varied, but not one that goes with its method (`server: [{optimizer: sgd,
-    lr: 1}, {optimizer: adam, lr: 0.01}]`): in a section that is compared, what follows from the
-    other settings belongs to them.
+    lr: 1}, {optimizer: adam, lr: 0.01}]`): of an optimizer's settings, and in a section that is
+    compared, what follows from the other settings belongs to them.
     """
-    sections = {key.partition(".")[0] for key in own}
+    sections = {"client", "server", *(key.partition(".")[0] for key in own)}
     keys = [key for key in summary["varied"] if key not in own]
     beside = [key for key in keys if key.partition(".")[0] in sections]
     others = [key for key in summary["varied"] if key not in (*beside, "seed")]
@@ -141,6 +141,15 @@ def from_both(arms: Mapping[Any, BySeed], *keys: Hashable) -> dict[Any, BySeed]:
     wanted: list[Hashable] = [(key, start) for key in keys for start in BOTH] or [*BOTH]
     seeds = set.intersection(*(set(arms.get(arm, ())) for arm in wanted))
     return {arm: {seed: arms[arm][seed] for seed in sorted(seeds)} for arm in wanted if seeds}
+
+
+def on_shared_seeds(arms: Mapping[Any, BySeed]) -> dict[Any, BySeed]:
+    """Return arms at the seeds that all of them have; of those without one in common the fewest."""
+    kept = dict(arms)
+    while kept and not set.intersection(*map(set, kept.values())):
+        del kept[min(kept, key=lambda arm: len(kept[arm]))]
+    seeds = set.intersection(*map(set, kept.values())) if kept else set()
+    return {arm: {seed: found[seed] for seed in sorted(seeds)} for arm, found in kept.items()}
 
 
 def against(random: BySeed, pretrained: BySeed) -> str:

@@ -27,7 +27,7 @@ _WIDTH = 0.38  # of a bar
 def study(folder: Path, summary: dict[str, Any]) -> Finding:
     """Draw paired bars, IID beside non-IID, for each initialization; compare the two gaps."""
     found, bars = {}, {}
-    compared = ["partition.kind", "partition.alpha"]
+    compared = ["partition", "partition.kind", "partition.alpha"]
     for task, results in tasks(folder, summary, compared).items():
         for name, own in _by_skew(task, results).items():
             arms = by_arm(

@@ -12,6 +12,7 @@ from experiments.findings import (
     BySeed,
     by_arm,
     from_both,
+    on_shared_seeds,
     spread,
     tasks,
     verdict,
@@ -32,12 +33,15 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
     scores: dict[str, dict[Method, dict[str, BySeed]]] = {}
     for task, results in tasks(folder, summary, OPTIMIZERS).items():
         arms = by_arm(results, lambda each: (each.method, each.start), lambda r: r.final_accuracy)
-        methods = [
-            method for method, start in arms if start == RANDOM and (method, PRETRAINED) in arms
-        ]
-        if len(methods) > 1 and (both := from_both(arms, *methods)):
+        pairs = {method: from_both(arms, method) for method, start in arms if start == RANDOM}
+        shared = on_shared_seeds({m: pair[m, RANDOM] for m, pair in pairs.items() if pair})
+        if len(shared) > 1:
             scores[task] = {
-                method: {start: both[method, start] for start in BOTH} for method in methods
+                method: {
+                    start: {seed: pairs[method][method, start][seed] for seed in seeds}
+                    for start in BOTH
+                }
+                for method, seeds in shared.items()
             }
             found[task] = _compare(scores[task])
     titles = {task: f"{task}: {_tau(pairs)}" for task, pairs in scores.items()}

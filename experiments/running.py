@@ -17,7 +17,6 @@ from experiments.wiring import Datasets, Simulation, simulation
 from fedinit.config import Run
 from fedinit.errors import RequestError, WriteError, located
 from fedinit.experiment_file import Experiment
-from fedinit.problem import label_space
 from fedinit.randomness import seed_strategy
 from fedinit.results import ENDED, SUMMARY, RunFolder, summarize
 from fedinit.simulation import RayGrid, Workers
@@ -201,8 +200,8 @@ def execute(
         raise
     if run.measure.distance:
         folder.measure_distances(layout.flatten(final))
-    labels = label_space(run, prepared.problem.dataset)
-    folder.finish(layout.named(final), labels=labels)
+    labels = prepared.problem.dataset.labels or ("" if ":" in run.dataset else run.dataset)
+    folder.finish(layout.named(final), **({"labels": labels} if labels else {}))
 
 
 def train(

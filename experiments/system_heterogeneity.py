@@ -10,7 +10,7 @@ from experiments.findings import (
     BySeed,
     by_arm,
     curves,
-    from_both,
+    on_shared_seeds,
     spread,
     tasks,
     verdict,
@@ -31,14 +31,13 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
     """Draw accuracy by round and method; name the best method from either initialization."""
     found = {}
     for task, results in tasks(folder, summary, OPTIMIZERS).items():
-        arms = by_arm(results, lambda r: (r.method, r.start), lambda r: r.final_accuracy)
-        methods = [
-            method for method, start in arms if start == RANDOM and (method, PRETRAINED) in arms
-        ]
-        if len(methods) > 1 and (both := from_both(arms, *methods)):
-            found[task] = _compare(
-                {start: {method: both[method, start] for method in methods} for start in BOTH}
-            )
+        arms = by_arm(results, lambda r: (r.start, r.method), lambda r: r.final_accuracy)
+        by_start = {
+            start: on_shared_seeds({method: arms[at, method] for at, method in arms if at == start})
+            for start in BOTH
+        }
+        if all(len(methods) > 1 for methods in by_start.values()):
+            found[task] = _compare(by_start)
     drawing = curves("system_heterogeneity", "Methods under heterogeneity", folder, summary)
     return Finding(drawing, verdict(CLAIM, found), replaces="test_accuracy")
 

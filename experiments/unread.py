@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from clients.client_optimizers import LOCAL_STEPS
+from clients.client_optimizers import NO_LOCAL_STEPS
 from experiments.wiring import STRATEGIES
 from fedinit.config import Run, Server
 from fedinit.experiment_file import Experiment
@@ -55,7 +55,7 @@ def _taken_by(strategy: str) -> list[str]:
 
 
 def _takes_steps(run: Run) -> bool:
-    return run.client.optimizer in LOCAL_STEPS
+    return run.client.optimizer not in NO_LOCAL_STEPS
 
 
 def _own_steps(run: Run) -> bool:

@@ -26,7 +26,7 @@ from fedinit.data import FederatedDataset, partitioned, with_validation
 from fedinit.device import device
 from fedinit.errors import RequestError, located, unknown
 from fedinit.initialization import Initialization
-from fedinit.measurements.evaluation import evaluate
+from fedinit.measurements.evaluation import eval_mode, evaluate
 from fedinit.pretraining import proxy_path
 from fedinit.problem import (
     Problem,
@@ -339,21 +339,35 @@ def try_out(run: Run, problem: Problem) -> None:
         RequestError: they do not fit.
     """
     shape = tuple(problem.dataset.inputs.shape[1:])
-    labels = problem.dataset.num_classes
-    for targets in (problem.dataset.targets, problem.dataset.test_targets):
-        if problem.loss is cross_entropy and labels is not None and targets.ndim == 1:
-            ends = [int(end) for end in targets.aminmax()]
-            for wrong in (end for end in ends if not 0 <= end < labels):
-                raise RequestError(
-                    f"dataset: '{run.dataset}' has the target {wrong}, loss '{run.loss}' needs "
-                    f"labels from 0 to {labels - 1}"
-                )
+    rows = problem.dataset.test_batch(0, 2)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one line is enough
-            evaluate(problem.model, problem.loss, [problem.dataset.test_batch(0, 2)])
+            _check_labels(run, problem, rows[0])
+            evaluate(problem.model, problem.loss, [rows])
+    except RequestError:
+        raise
     except Exception as error:  # whatever a user's model or loss raises
         raise RequestError(
             f"model '{run.model}' with loss '{run.loss}' does not fit rows of shape {shape} of "
             f"'{run.dataset}': {located(error)}"
         ) from None
+
+
+def _check_labels(run: Run, problem: Problem, inputs: torch.Tensor) -> None:
+    """Check that the model has a score for every label.
+
+    Raises:
+        RequestError: it has not.
+    """
+    if problem.loss is not cross_entropy or problem.dataset.targets.ndim != 1:
+        return
+    with eval_mode(problem.model), torch.no_grad():
+        scores = problem.model(inputs).shape[1]
+    for targets in (problem.dataset.targets, problem.dataset.test_targets):
+        least, most = targets.aminmax()
+        if least < 0 or most >= scores:
+            raise RequestError(
+                f"dataset: '{run.dataset}' has the target {least if least < 0 else most}, loss "
+                f"'{run.loss}' needs labels from 0 to {scores - 1} of model '{run.model}'"
+            )

@@ -138,9 +138,10 @@ def metadata(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get(METADATA)
     try:
-        return json.loads(text) if text else {}
+        read = json.loads(text or "{}")
     except ValueError:
-        return {}  # somebody else's, under our name
+        read = None
+    return read if isinstance(read, dict) else {}  # or it is somebody else's, under our name
 
 
 def _check_sizes(path: Path) -> None:

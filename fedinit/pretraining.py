@@ -117,7 +117,7 @@ def pretrain(run: Run, dataset: FederatedDataset, report: Report) -> Path:
 def _epochs(proxy: Proxy, problem: Problem, report: Report) -> Iterator[dict[str, float]]:
     """Train, and yield what each epoch ended with."""
     rng = keyed(Draw.PROXY, proxy.seed)
-    rows = rng.permutation(len(problem.dataset))[: _size(proxy, problem.dataset)]
+    rows = rng.permutation(problem.dataset.owned)[: _size(proxy, problem.dataset)]
     steps = proxy.epochs * math.ceil(len(rows) / proxy.batch_size)
     parameters = list(problem.model.parameters())
     optimizer = torch.optim.SGD(
@@ -160,7 +160,7 @@ def _tested(problem: Problem, batch_size: int) -> dict[str, float]:
 
 
 def _size(proxy: Proxy, dataset: FederatedDataset) -> int:
-    return min(len(dataset), proxy.max_examples or len(dataset))
+    return min(len(dataset.owned), proxy.max_examples or len(dataset))
 
 
 _SCHEDULES: dict[str, Callable[[int], Callable[[int], float]]] = {

@@ -62,8 +62,8 @@ def label_space(run: Run, dataset: FederatedDataset) -> str:
 
     What one's own function makes may depend on its arguments.
     """
-    own = ":" in run.dataset and run.dataset_args
-    return dataset.labels or (f"{run.dataset} {run.dataset_args}" if own else run.dataset)
+    own = ":" in run.dataset and dict(sorted(run.dataset_args.items()))
+    return dataset.labels or (f"{run.dataset} {own}" if own else run.dataset)
 
 
 def find_model(name: str) -> Model:

@@ -213,9 +213,9 @@ def signs(least: int = -1, classes: int | None = None) -> FederatedDataset:
     return FederatedDataset(points, labels, rows, points, labels, classes)
 
 
-def thousand(labels: str) -> FederatedDataset:
-    """An image of one of a thousand classes."""
-    image, label = torch.zeros(1, 3, 32, 32), torch.tensor([999])
+def one_image(shape: list[int], classes: int, labels: str | None = None) -> FederatedDataset:
+    """An image of one of so many classes."""
+    image, label = torch.zeros(1, *shape), torch.tensor([classes - 1])
     return FederatedDataset(image, label, {"a": [0]}, image, label, labels=labels)
 
 

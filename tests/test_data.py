@@ -85,6 +85,18 @@ def test_a_row_of_two_clients_is_held_out_of_both():
     assert 6 <= len(held.held_out) <= 12  # of each client's 30 rows 6
 
 
+def test_clients_of_the_same_rows_hold_out_the_same():
+    rows = torch.zeros(100, 1)
+    clients = {str(client): range(100) for client in range(10)}
+    held = with_validation(FederatedDataset(rows, rows, clients, rows, rows), 0.2, seed=0)
+    assert held.held_out is not None
+    assert len(held.held_out) == 20
+    assert held.owners.sizes.tolist() == [80] * 10
+    clients = {"all": range(100)} | {str(row): [row] for row in range(100)}
+    with pytest.raises(RequestError, match=r"validation: a share of 0\.2 leaves client"):
+        with_validation(FederatedDataset(rows, rows, clients, rows, rows), 0.2, seed=0)
+
+
 @pytest.mark.parametrize(("share", "held"), [(0.29, 29), (0.57, 57), (0.005, 0)])
 def test_a_share_is_counted_as_it_is_written(share, held):
     """0.29 * 100 is 28.999999999999996 in binary."""

@@ -127,7 +127,7 @@ CASES = {
     ),
     "a label beyond the data set's": (
         {"dataset": "plugged_in:signs", "dataset_args": {"least": 0, "classes": 1}},
-        ["'plugged_in:signs' has the target 1", "labels from 0 to 0"],
+        ["'plugged_in:signs' has the target 1", "labels from 0 to 0 of model"],
     ),
     "a loss that is no factory": (
         {"loss": "plugged_in:half_squared_error", "loss_args": {"outputs": 1}},

@@ -13,7 +13,6 @@ from fedinit.errors import RequestError
 from fedinit.initialization import from_file
 from fedinit.models import MODELS
 from fedinit.parameters import ArrayRecord, Layout
-from fedinit.results import RunFolder
 
 FASHION = {
     "dataset": "fashion-mnist",
@@ -72,24 +71,26 @@ def test_a_head_that_fits_is_loaded_too(datasets):
 
 def test_imagenets_head_means_imagenets_labels(datasets):
     """Of 1,000 other labels it fits the shape alone; of data that are ImageNet's it is loaded."""
-    own = {"dataset": "tests.plugged_in:thousand", "cohort": 1, "model": "squeezenet1_1"}
+    own = {"dataset": "tests.plugged_in:one_image", "cohort": 1, "model": "squeezenet1_1"}
+    birds = {"shape": [3, 32, 32], "classes": 1000}
     for labels, fresh in (
         ("birds", ["classifier.1.weight", "classifier.1.bias"]),
         ("imagenet", []),
     ):
-        run = make_run(own | {"dataset_args": {"labels": labels}, "initialization": "pretrained"})
+        args = {"dataset_args": birds | {"labels": labels}, "initialization": "pretrained"}
+        run = make_run(own | args)
         assert simulation(run, datasets).initialization.fresh == fresh
 
 
 def test_the_head_of_a_run_fits_its_own_labels(finals, datasets):
-    """Other data with as many classes have a fresh head; the same data go on with it."""
-    own = {"dataset": "plugged_in:gaussians", "model": "plugged_in:dropout_classifier", "cohort": 2}
-    (run,) = finals(own | {"rounds": 1}).values()
-    again = {"initialization": str(run / "final.safetensors"), "rounds": 0}
-    (same,) = finals(own | again, "same").values()
-    (other,) = finals(own | again | {"dataset": "plugged_in:other_gaussians"}, "other").values()
-    assert RunFolder(same).initialization["fresh"] == []
-    assert RunFolder(other).initialization["fresh"] != []
+    """Other data with as many classes have a fresh head; of one's own, `labels` says which."""
+    (run,) = finals(FASHION | {"model": "cnn", "rounds": 0, "cohort": 1}).values()
+    again = {"model": "cnn", "cohort": 1, "initialization": str(run / "final.safetensors")}
+    ten = {"shape": [1, 28, 28], "classes": 10}
+    for own, fresh in ((ten, ["9.weight", "9.bias"]), (ten | {"labels": "fashion-mnist"}, [])):
+        run = make_run(again | {"dataset": "tests.plugged_in:one_image", "dataset_args": own})
+        assert simulation(run, datasets).initialization.fresh == fresh
+    assert simulation(make_run(FASHION | again), datasets).initialization.fresh == []
 
 
 def test_pretrained_characters_know_english(datasets):

@@ -240,7 +240,11 @@ def truncated(folder: Path) -> None:
         (stackoverflow, posts(b"<posts>\n<row Body='caf\xe9'/></posts>"), ["Posts.xml", "line 2"]),
         (stackoverflow, posts(b"<posts><row OwnerUserId='1'"), ["Posts.xml"]),
         (stackoverflow, posts(b"<posts><row Body='x'/></posts>"), ["no row has OwnerUserId"]),
-        (stackoverflow, lambda _folder: None, ["holds no *.sqlite and no *.json and no Posts.xml"]),
+        (
+            stackoverflow,
+            lambda _folder: None,
+            ["holds no *.sqlite and no *.json and no *Posts.xml"],
+        ),
         (reddit, truncated, ["RC.parquet"]),
         (
             reddit,

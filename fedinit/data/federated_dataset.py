@@ -88,7 +88,8 @@ class FederatedDataset:
         test_targets: held-out targets, like `targets`.
         num_classes: number of labels; by default counted from integer targets.
         labels: names what the labels mean, where another data set may have the same ones: trained
-            heads fit only where this agrees. None: no other has them.
+            heads fit only where this agrees, published ones of ImageNet where it is `imagenet`.
+            None: no other has them.
 
     Raises:
         RequestError: a column is no tensor, rows and targets differ in number, a client has no row,

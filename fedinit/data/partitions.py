@@ -80,7 +80,7 @@ def partitioned(dataset: FederatedDataset, partition: Partition, seed: int) -> F
 def with_validation(dataset: FederatedDataset, share: float, seed: int) -> FederatedDataset:
     """Hold out a share of each client's rows, rounded down; x is then tested on these.
 
-    A row that is held out of one client is held out of all that own it.
+    A row that is held out of one client is held out of all that own it, who may lose some more.
 
     Args:
         dataset: the data set, dealt to clients.
@@ -94,7 +94,9 @@ def with_validation(dataset: FederatedDataset, share: float, seed: int) -> Feder
         return dataset
     owners = dataset.owners
     owner = np.repeat(np.arange(len(owners)), owners.sizes)
-    draw = keyed(Draw.VALIDATION, seed).random(len(owner))
+    # Of a row that several clients own, one draw for all.
+    _, first, same = np.unique(owners.rows, return_index=True, return_inverse=True)
+    draw = keyed(Draw.VALIDATION, seed).random(len(owner))[first][same]
     place = np.empty(len(owner), dtype=np.int64)  # of a row in its client's random order
     place[np.lexsort((draw, owner))] = np.arange(len(owner)) - owners.offsets[owner]
     spared = place < np.floor(share * owners.sizes + _ROUNDING)[owner]
@@ -102,6 +104,11 @@ def with_validation(dataset: FederatedDataset, share: float, seed: int) -> Feder
     if kept.all():
         raise RequestError(f"validation: a share of {share} is less than one row of every client")
     sizes = np.bincount(owner[kept], minlength=len(owners))
+    if not sizes.all():
+        raise RequestError(
+            f"validation: a share of {share} leaves client '{owners.ids[int(sizes.argmin())]}' no "
+            "row: others own them too"
+        )
     training = ClientRows(owners.ids, owners.rows[kept], np.cumsum([0, *sizes]))
     return dataset.with_clients(training, np.unique(owners.rows[~kept]))
 

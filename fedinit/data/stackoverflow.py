@@ -62,5 +62,5 @@ def _posts(files: list[Path], choice: Choice) -> Split:
 _READERS: dict[str, Callable[[list[Path], Choice], Split]] = {
     "*.sqlite": _tff,
     "*.json": _json,
-    "Posts.xml": _posts,  # of a dump's many
+    "*Posts.xml": _posts,  # of a dump's many
 }
