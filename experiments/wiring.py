@@ -363,11 +363,11 @@ def _check_labels(run: Run, problem: Problem, inputs: torch.Tensor) -> None:
     if problem.loss is not cross_entropy or problem.dataset.targets.ndim != 1:
         return
     with eval_mode(problem.model), torch.no_grad():
-        scores = problem.model(inputs).shape[1]
+        scores = problem.model(inputs)
     for targets in (problem.dataset.targets, problem.dataset.test_targets):
         least, most = targets.aminmax()
-        if least < 0 or most >= scores:
+        if scores.ndim == 2 and (least < 0 or most >= scores.shape[1]):
             raise RequestError(
                 f"dataset: '{run.dataset}' has the target {least if least < 0 else most}, loss "
-                f"'{run.loss}' needs labels from 0 to {scores - 1} of model '{run.model}'"
+                f"'{run.loss}' needs labels from 0 to {scores.shape[1] - 1} of model '{run.model}'"
             )
