@@ -92,8 +92,11 @@ def from_file(
     def fits(name: str) -> bool:
         return name in weights and weights[name].shape == own[name].shape
 
-    same_labels = labels is None or about.get("labels", trained_on or labels) == labels
-    head_fits = same_labels and all(fits(name) for name in own if in_head(name, head))
+    meaning = about.get("labels", trained_on or labels)
+    same_labels = labels is None or meaning == labels
+    head_fits = all(fits(name) for name in own if in_head(name, head))
+    if head and head_fits and not same_labels:
+        head_fits, source = False, f"{source}, its labels {meaning} and not {labels}"
     normalization = _normalization(model) if fresh_normalization else set()
     record = Initialization(source, about=about)
     for name, value in own.items():

@@ -78,8 +78,9 @@ def test_imagenets_head_means_imagenets_labels(datasets):
         ("imagenet", []),
     ):
         args = {"dataset_args": birds | {"labels": labels}, "initialization": "pretrained"}
-        run = make_run(own | args)
-        assert simulation(run, datasets).initialization.fresh == fresh
+        found = simulation(make_run(own | args), datasets).initialization
+        assert found.fresh == fresh
+        assert ("its labels imagenet and not birds" in str(found)) == bool(fresh)
 
 
 def test_the_head_of_a_run_fits_its_own_labels(finals, datasets):
