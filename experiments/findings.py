@@ -139,17 +139,18 @@ def from_both(arms: Mapping[Any, BySeed], *keys: Hashable) -> dict[Any, BySeed]:
     nothing. Empty if an arm is missing, or no seed is left.
     """
     wanted: list[Hashable] = [(key, start) for key in keys for start in BOTH] or [*BOTH]
-    seeds = set.intersection(*(set(arms.get(arm, ())) for arm in wanted))
-    return {arm: {seed: arms[arm][seed] for seed in sorted(seeds)} for arm in wanted if seeds}
+    shared = on_shared_seeds({arm: arms[arm] for arm in wanted if arm in arms})
+    return shared if len(shared) == len(wanted) else {}
 
 
 def on_shared_seeds(arms: Mapping[Any, BySeed]) -> dict[Any, BySeed]:
     """Return arms at the seeds that all of them have; of those without one in common the fewest."""
     kept = dict(arms)
-    while kept and not set.intersection(*map(set, kept.values())):
+    while kept:
+        if seeds := set.intersection(*map(set, kept.values())):
+            return {arm: {seed: by[seed] for seed in sorted(seeds)} for arm, by in kept.items()}
         del kept[min(kept, key=lambda arm: len(kept[arm]))]
-    seeds = set.intersection(*map(set, kept.values())) if kept else set()
-    return {arm: {seed: found[seed] for seed in sorted(seeds)} for arm, found in kept.items()}
+    return {}
 
 
 def against(random: BySeed, pretrained: BySeed) -> str:

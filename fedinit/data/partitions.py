@@ -70,9 +70,9 @@ def partitioned(dataset: FederatedDataset, partition: Partition, seed: int) -> F
     Raises:
         RequestError: there are more clients than rows, or the data do not suit the partition.
     """
-    if partition.kind != "natural" and partition.clients > len(dataset.owned):
+    if partition.kind != "natural" and partition.clients > (rows := len(dataset.owned)):
         raise RequestError(
-            f"partition.clients: {partition.clients} clients cannot share {len(dataset.owned)} rows"
+            f"partition.clients: {partition.clients} clients cannot share {rows} rows"
         )
     return dataset.with_clients(PARTITIONS[partition.kind](dataset, partition, seed))
 
