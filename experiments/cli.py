@@ -190,7 +190,7 @@ def data(
     """
     from experiments import data_summary
     from experiments.wiring import Datasets
-    from fedinit.data import DATASETS, partitioned
+    from fedinit.data import DATASETS
     from fedinit.registry import add_to_path
 
     console = _console()
@@ -208,11 +208,11 @@ def data(
     ready, missing = {}, {}
     for number, run in enumerate(runs, start=1):
         try:
-            loaded = datasets.load(run)
+            datasets.load(run)
         except RequestError as error:
             missing[str(error)] = run.dataset  # seeds of the same data have the same reason
         else:
-            ready[number] = (run, partitioned(loaded, run.partition, run.seed))
+            ready[number] = (run, datasets.dealt(run))
     if not ready:
         raise RequestError(next(iter(missing)))
     for number, (run, dataset) in ready.items():

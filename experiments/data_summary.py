@@ -69,11 +69,11 @@ def named(name: str, overrides: Iterable[str], datasets: Datasets) -> Run:
 
 
 def different(experiment: Experiment) -> list[Run]:
-    """Return the first run of each data set, partition and seed that an experiment has."""
+    """Return the first run of each data set, dealt in each way, that an experiment has."""
     runs: dict[tuple[object, ...], Run] = {}
     for run in experiment.runs.values():
-        drawn = run.partition.kind != "natural"  # with the seed
-        how = (run.partition.model_dump_json(), run.seed) if drawn else ()
+        drawn = run.partition.kind != "natural" or run.validation  # with the seed
+        how = (run.partition.model_dump_json(), run.validation, run.seed) if drawn else ()
         runs.setdefault((Datasets.key(run), *how), run)
     return list(runs.values())
 
@@ -112,7 +112,9 @@ def facts(run: Run, dataset: FederatedDataset) -> Table:
         "read from": run.dataset_args.get("data_dir")
         or (source(run.dataset) if run.dataset in DATASETS else "your code"),
         "training examples": f"{len(dataset.owned):,}",
-        "test examples": f"{dataset.test_size:,}",
+        "test examples" if dataset.held_out is None else "validation examples": (
+            f"{dataset.test_size:,}"
+        ),
         "a row": f"{list(dataset.inputs.shape[1:])} {str(dataset.inputs.dtype)[6:]}",
         "labels": f"{dataset.num_classes:,}" if dataset.num_classes else "none: numbers",
         "partition": how,

@@ -67,6 +67,15 @@ class Datasets:
             self._loaded[key] = load_dataset(run)
         return self._loaded[key]
 
+    def dealt(self, run: Run) -> FederatedDataset:
+        """Return a run's data set, dealt to its clients, without what it holds out of them.
+
+        Raises:
+            RequestError: the data are missing or corrupt, or cannot be dealt so.
+        """
+        dealt = partitioned(self.load(run), run.partition, run.seed)
+        return with_validation(dealt, run.validation, run.seed)
+
     @staticmethod
     def key(run: Run) -> str:
         """Return what names a run's data set."""
@@ -190,9 +199,7 @@ def problem_of(run: Run, datasets: Datasets) -> Problem:
         RequestError: a name is unknown, the data are missing or corrupt, or sizes are impossible.
     """
     check_methods(run)
-    dataset = with_validation(
-        partitioned(datasets.load(run), run.partition, run.seed), run.validation, run.seed
-    )
+    dataset = datasets.dealt(run)
     if run.cohort > len(dataset.owners):
         raise RequestError(f"cohort: {run.cohort} of only {len(dataset.owners)} clients")
     return build_problem(run, dataset)

@@ -119,6 +119,16 @@ def test_what_is_told_and_drawn_by_hand(fedinit, tmp_path):
     assert (tmp_path / "sizes.csv").read_text() == "from,to,clients\n2,2,2\n3,3,0\n4,4,1\n"
 
 
+def test_rows_held_out_to_validate_are_nobodys(fedinit, tmp_path):
+    """Half of 4, 2 and 2 rows."""
+    result = fedinit(
+        "data", "tests.test_data_command:counted", "--out", tmp_path, "--set", "validation=0.5"
+    )
+    told = dict(re.findall(r"^  (\w[\w ]*?)  +(.+?) *$", result.stdout, re.MULTILINE))
+    assert (told["training examples"], told["validation examples"]) == ("4", "4")
+    assert told["examples of a client"] == "1 to 2, median 1, mean 1.333"
+
+
 def test_a_bubble_is_where_and_as_large_as_its_count(fedinit, tmp_path):
     """Counts 3 and 1 of a, 2 of b, 1 and 1 of c: areas in this ratio; columns a, b, c."""
     fedinit("data", "tests.test_data_command:counted", "--out", tmp_path)
