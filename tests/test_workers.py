@@ -39,9 +39,13 @@ QUADRATICS = {
 
 
 def mortal(folder: Path, **arguments: float) -> dict:
-    """The same runs, with a loss that notes in a folder what becomes of its workers."""
+    """The same runs, with a loss that notes in a folder what becomes of its workers.
+
+    On a GPU they would die of the measurement for `together` before a run begins.
+    """
     args = {"folder": str(folder), **arguments}
-    return QUADRATICS | {"loss": "plugged_in:mortal", "loss_args": args}
+    together = 1 if torch.cuda.is_available() else "auto"
+    return QUADRATICS | {"loss": "plugged_in:mortal", "loss_args": args, "together": together}
 
 
 def final(run: Path) -> bytes:
