@@ -20,6 +20,7 @@ _PIECE = 1 << 10  # elements whose squares are added up in their own dtype, and 
 _TINY = 1e-30  # of what is added up in float32, a part may have been too small for it below this
 _BLOCK = 1 << 17  # elements of a block: what is made of it stays in a core's cache
 _GPU_BLOCK = 1 << 22  # likewise on a GPU, where a block costs its launches
+_READ_BLOCK = 1 << 20  # where the sums are read, by all cores: a block costs these their start
 
 
 class Found(NamedTuple):
@@ -221,18 +222,16 @@ def find(parts: Sequence[PartialSums], scale: float) -> Found:
     if known and known[:2] == (len(parts), scale) and all(each.found is known for each in parts):
         return known
     common = min(map(len, rows))  # without U, if there is a part that has none
-    terms, width = _mean_terms(parts, scale), _width(rows[0])
-    alike = parts[0].weight is not None and len({each.weight for each in parts}) == 1
+    sums = [(each[:common], 1.0) for each in rows]
+    means = [(vector[None], factor) for vector, factor in _mean_terms(parts, scale)]
     update = rows[0].new_empty(parts[0].size, dtype=_widest(each.dtype for each in parts))
-    squares = rows[0].new_zeros(1 + common, dtype=torch.float64)
-    dtype = _widest(each.dtype for each in rows)
-    added = _added([(each[:common], 1.0) for each in rows], dtype)
-    means = _added(terms, dtype)
-    for place, block in zip(update.split(width), added, strict=True):
-        of_mean = block[0] * terms[0][1] if alike else next(means)
-        place.copy_(of_mean[: len(place)])
-        squares += torch.cat([_squares(of_mean[None]), _squares(block)])
-    squared_norm, total, *directions = squares.tolist()
+    dtype, factor = _widest(each.dtype for each in rows), means[0][1]
+    if parts[0].weight is not None and len({each.weight for each in parts}) == 1:  # D = factor S
+        total, *directions = _read(sums, dtype, update, factor)
+        squared_norm = factor**2 * total
+    else:
+        total, *directions = _read(sums, dtype)
+        (squared_norm,) = _read(means, dtype, update)
     found = Found(len(parts), scale, update, squared_norm**0.5, total, sum(directions, 0.0))
     for each in parts:
         each.found = found
@@ -259,14 +258,30 @@ def _mean_terms(parts: Sequence[PartialSums], scale: float) -> list[tuple[Tensor
     return [(vector, factor * scale) for vector, factor in (each.weighted for each in parts)]
 
 
+def _read(
+    terms: Sequence[tuple[Tensor, float]],
+    dtype: torch.dtype,
+    update: Tensor | None = None,
+    factor: float = 1.0,
+) -> list[float]:
+    """Return the squared norms of a sum's rows; write the first, times a factor, to `update`."""
+    squares = torch.zeros((), dtype=torch.float64)
+    for number, block in enumerate(_added(terms, dtype)):
+        squares = squares + _squares(block)
+        if update is not None:
+            place = update[number * _READ_BLOCK :][:_READ_BLOCK]
+            torch.mul(block[0, : len(place)], factor, out=place)
+    return squares.tolist()
+
+
 def _added(terms: Sequence[tuple[Tensor, float]], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield the blocks of a sum of vectors, or of rows of them, times factors."""
-    factors = [factor for _, factor in terms]
-    width = _width(terms[0][0])
-    for blocks in zip(*(rows.split(width, dim=-1) for rows, _ in terms), strict=True):
-        total = blocks[0].to(dtype) * factors[0]
-        for block, factor in zip(blocks[1:], factors[1:], strict=True):
-            total.add_(block, alpha=factor)
+    """Yield the blocks of a sum of vectors, or of rows of them, times factors; to read alone."""
+    vectors = [vector.split(_READ_BLOCK, dim=-1) for vector, _ in terms]
+    (_, first), *others = terms
+    for block, *further in zip(*vectors, strict=True):
+        total = block.to(dtype) if first == 1.0 else block.to(dtype) * first
+        for each, (_, factor) in zip(further, others, strict=True):
+            total = torch.add(total, each, alpha=factor)
         yield total
 
 
