@@ -77,7 +77,7 @@ class PartialSums:
         self._sums = torch.empty(0)  # none yet
         self._waiting: list[float] = []  # w_i of updates that are not yet in the sums
         self._room: _Room | None = None  # where these are
-        self._start = torch.empty(0)  # x as it was sent
+        self._start: Tensor | None = None  # x as it was sent
         self._blocks: tuple[Tensor, ...] = ()  # of x, where the sums lie
 
     @property
@@ -144,7 +144,7 @@ class PartialSums:
         """Return what travels; no more digits than that are kept here."""
         self.finish()
         self._sums = self._sums.to(torch.promote_types(self.dtype, torch.float32))
-        nothing = {"found": None, "_start": torch.empty(0), "_blocks": ()}
+        nothing = {"found": None, "_start": None, "_blocks": ()}
         # As ndarrays they travel through shared memory; as tensors they would be copied.
         return self.__dict__ | nothing | {"_sums": self._sums.cpu().numpy()}
 
