@@ -206,7 +206,7 @@ _left: list[_Room] = []  # one, at the most
 
 
 def find(parts: Sequence[PartialSums], scale: float) -> Found:
-    """Read the sums of parts in one pass.
+    """Read the sums of parts, together.
 
     What they come to is kept with them: a strategy and whoever records the round both ask.
 

@@ -184,15 +184,16 @@ def test_parts_of_which_one_has_no_directions_are_read_together(first):
     assert total.update_norm() == pytest.approx(2.5)
 
 
-@pytest.mark.parametrize("size", [1000, 150_000])
-def test_sums_that_travelled_are_exact_to_the_updates_own_digits(size):
-    """Two shares, of a million examples and of one: their mean is the first client's, nearly.
+@pytest.mark.parametrize("size", [1000, 150_000, 1_200_000])
+@pytest.mark.parametrize("examples", [[1_000_000, 1, 5, 5], [7, 7, 7, 7]])
+def test_sums_that_travelled_are_exact_to_the_updates_own_digits(size, examples):
+    """Two shares, one of clients with a million examples and one: it is the first's, nearly.
 
     The second one's update is large: its weight is not to be taken from the first's.
     """
     rng = np.random.default_rng(0)
     updates = (rng.normal(size=(4, size)) * [[1], [1e3], [2], [3]]).astype(np.float32)
-    examples = np.array([1_000_000, 1, 5, 5])
+    examples = np.array(examples)
     layout = Layout.of(torch.nn.Linear(size, 1, bias=False))
     start, total = torch.zeros(size), CohortSums(layout)
     for clients in ((0, 1), (2, 3)):
