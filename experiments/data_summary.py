@@ -105,6 +105,7 @@ def facts(run: Run, dataset: FederatedDataset) -> Table:
     """
     sizes, found = dataset.owners.sizes, labels_of(dataset)
     partition = run.partition
+    tested = "test" if dataset.held_out is None else "validation"
     how = {"natural": "natural", "iid": f"iid, seed {run.seed}"}.get(
         partition.kind, f"{partition.kind}({partition.alpha:g}), seed {run.seed}"
     )
@@ -112,9 +113,7 @@ def facts(run: Run, dataset: FederatedDataset) -> Table:
         "read from": run.dataset_args.get("data_dir")
         or (source(run.dataset) if run.dataset in DATASETS else "your code"),
         "training examples": f"{len(dataset.owned):,}",
-        "test examples" if dataset.held_out is None else "validation examples": (
-            f"{dataset.test_size:,}"
-        ),
+        f"{tested} examples": f"{dataset.test_size:,}",
         "a row": f"{list(dataset.inputs.shape[1:])} {str(dataset.inputs.dtype)[6:]}",
         "labels": f"{dataset.num_classes:,}" if dataset.num_classes else "none: numbers",
         "partition": how,

@@ -187,9 +187,10 @@ def test_parts_of_which_one_has_no_directions_are_read_together(first):
 @pytest.mark.parametrize("size", [1000, 150_000, 1_200_000])
 @pytest.mark.parametrize("examples", [[1_000_000, 1, 5, 5], [7, 7, 7, 7]])
 def test_sums_that_travelled_are_exact_to_the_updates_own_digits(size, examples):
-    """Two shares, one of clients with a million examples and one: it is the first's, nearly.
+    """Two shares, of clients alike, or one of them of a million examples and of one.
 
-    The second one's update is large: its weight is not to be taken from the first's.
+    The mean is then the first client's, nearly. The second one's update is large: its weight is not
+    to be taken from the first's.
     """
     rng = np.random.default_rng(0)
     updates = (rng.normal(size=(4, size)) * [[1], [1e3], [2], [3]]).astype(np.float32)
