@@ -31,6 +31,7 @@ from fedinit.problem import Problem
 CONFIG, SERVER_STATE = "config", "server-state"
 PROXIMAL_MU = "proximal-mu"  # in the config that Flower's FedProx sends
 _EVALUATION_BATCH = 128
+TrainGroup = Callable[[Sequence[int]], list[Trained]]
 
 
 class LocalClientApp(ClientApp):
@@ -40,18 +41,15 @@ class LocalClientApp(ClientApp):
     checks, is a tenth of a small client's update; and clients of one share can be trained as one.
 
     Attributes:
-        groups: deals the clients of a train message's content to groups that are trained as one.
-        train_group: maps such a content and a group to what each of its clients makes of it.
+        prepare: deals the clients of a train message's content to groups that are trained as one,
+            and returns them with what trains one: it returns what each of the group makes of x.
     """
 
     def __init__(
-        self,
-        groups: Callable[[RecordDict, Sequence[int]], list[list[int]]],
-        train_group: Callable[[RecordDict, Sequence[int]], list[Trained]],
+        self, prepare: Callable[[RecordDict, Sequence[int]], tuple[list[list[int]], TrainGroup]]
     ) -> None:
         super().__init__()
-        self.groups = groups
-        self.train_group = train_group
+        self.prepare = prepare
 
 
 def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory) -> LocalClientApp:
@@ -83,35 +81,36 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
         client = run.client.model_copy(update={"optimizer": "proximal", "mu": proximal_mu})
         return run.model_copy(update={"client": client}), CLIENT_OPTIMIZERS["proximal"]
 
-    ahead: dict[tuple[int, int], LocalDraws] = {}  # by round and client
-
-    def deal(content: RecordDict, clients: Sequence[int]) -> list[list[int]]:
-        server_round = _server_round(content)
-        dealt = groups(run, problem.dataset.owners.sizes, server_round, clients)
-        # Made one by one, between trainings that fill the caches, they take five times as long.
-        ahead.clear()
-        for first, *others in dealt:
-            if not others:
-                rows = problem.dataset.owners.at(first)
-                ahead[server_round, first] = LocalDraws.of(run, server_round, first, rows)
-        return dealt
-
-    def train_group(content: RecordDict, clients: Sequence[int]) -> list[Trained]:
-        workspace.load(content[ARRAYS])  # type: ignore[arg-type]
+    def prepare(content: RecordDict, clients: Sequence[int]) -> tuple[list[list[int]], TrainGroup]:
+        # Here once: between trainings, which fill the caches, it takes five times as long.
         server_round = _server_round(content)
         mu = content.config_records[CONFIG].get(PROXIMAL_MU)
         as_told, client_optimizer = told(None if mu is None else float(mu))  # type: ignore[arg-type]
-        draws = ahead.pop((server_round, clients[0]), None)
-        training = make_training(workspace, as_told, server_round, clients, draws)
         state = content.get(SERVER_STATE)
         server = ServerState(base_optimizer, state) if isinstance(state, ArrayRecord) else None
-        return per_client(training, client_optimizer(training, server), workspace.rest())
+        arrays: ArrayRecord = content[ARRAYS]  # type: ignore[assignment]
+        owners = problem.dataset.owners
+        dealt = groups(run, owners.sizes, server_round, clients)
+        ahead = {
+            first: LocalDraws.of(run, server_round, first, owners.at(first))
+            for first, *others in dealt
+            if not others
+        }
 
-    app = LocalClientApp(deal, train_group)
+        def train_group(group: Sequence[int]) -> list[Trained]:
+            workspace.load(arrays)
+            draws = ahead.pop(group[0], None)
+            training = make_training(workspace, as_told, server_round, group, draws)
+            return per_client(training, client_optimizer(training, server), workspace.rest())
+
+        return dealt, train_group
+
+    app = LocalClientApp(prepare)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        [trained] = train_group(message.content, [_client(context)])
+        [group], train_group = prepare(message.content, [_client(context)])
+        [trained] = train_group(group)
         content = trained.content(problem.layout, message.content.array_records[ARRAYS])
         return Message(content, reply_to=message)
 

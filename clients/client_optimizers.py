@@ -12,6 +12,7 @@ mimelite SGD steps with the server's optimizer state, frozen (Karimireddy et al.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,19 +55,29 @@ def per_client(training: Training, update: Update, rest: Mapping[str, Tensor]) -
         update: what the client optimizer made of it.
         rest: the model's arrays outside the vector.
     """
-    clients = len(training.steps)
+    each = partial(_each, clients=len(training.steps))
+    weights = each(update.weights)
+    extra = {
+        name: {key: each(value) for key, value in arrays.items()}
+        for name, arrays in update.extra.items()
+    }
     return [
         Trained(
-            update.weights.view(clients, -1)[place],
+            weights[place],
             metrics | {name: values[place] for name, values in update.metrics.items()},
             rest,
             {
-                name: {key: value.view(clients, -1)[place] for key, value in arrays.items()}
-                for name, arrays in update.extra.items()
+                name: {key: values[place] for key, values in arrays.items()}
+                for name, arrays in extra.items()
             },
         )
         for place, metrics in enumerate(training.metrics())
     ]
+
+
+def _each(vectors: Tensor, clients: int) -> Sequence[Tensor]:
+    """Return each client's vector; a client trained alone has no other, and no view is made."""
+    return [vectors.flatten()] if clients == 1 else vectors.view(clients, -1).unbind()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedinit.config import Run
 from fedinit.device import device
-from fedinit.measurements.evaluation import correct_predictions, count_targets, per_example
+from fedinit.measurements.evaluation import correct_by_row, count_targets, per_example
 from fedinit.problem import Problem
 from fedinit.randomness import Draw, draws_undone, keyed, seed_all, torch_seed
 
@@ -88,10 +88,9 @@ class Workspace:
             for each in self._buffers:
                 if each.name in rest:
                     each.begun = rest[each.name].to(device())
-        with torch.no_grad():
-            self._vector.copy_(self.start)
-            for parameter, place in self._apart:
-                parameter.copy_(place)
+        self._vector.copy_(self.start)
+        for parameter, place in self._apart:
+            parameter.copy_(place)
         for each in self._untrained:
             each.set(each.begun)
 
@@ -279,14 +278,14 @@ class LocalTraining:
         if count:
             self.examples_seen += len(rows)
             self.targets_seen += count_targets(targets)
-            self.loss_sum += _read(losses.detach().sum(dtype=torch.float64))
-            correct = correct_predictions(outputs, targets)
+            self.loss_sum += _total(losses)
+            right = correct_by_row(outputs, targets)
             self.correct = (
-                None if correct is None or self.correct is None else self.correct + _read(correct)
+                None if right is None or self.correct is None else self.correct + _total(right)
             )
         return losses
 
 
-def _read(number: Tensor) -> float | Tensor:
-    """Return the number that a CPU's tensor is, which adds up faster; a GPU's is not waited for."""
-    return number.item() if number.is_cpu else number
+def _total(rows: Tensor) -> float | Tensor:
+    """Return a batch's sum in float64; Python is faster here, but would wait for a GPU."""
+    return sum(rows.tolist()) if rows.is_cpu else rows.detach().sum(dtype=torch.float64)

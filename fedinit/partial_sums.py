@@ -78,7 +78,9 @@ class PartialSums:
         self._waiting: list[float] = []  # w_i of updates that are not yet in the sums
         self._room: _Room | None = None  # where these are
         self._start: Tensor | None = None  # x as it was sent
-        self._blocks: tuple[Tensor, ...] = ()  # of x, where the sums lie
+        self._start_blocks: tuple[Tensor, ...] = ()  # of x, where the sums lie
+        self._weights: Tensor | None = None  # y, which may be the same vector for each client
+        self._blocks: tuple[Tensor, ...] = ()  # of y
 
     @property
     def rows(self) -> Tensor:
@@ -97,12 +99,14 @@ class PartialSums:
         self.found = None
         width = _width(weights)
         if self._start is not start:
-            self._start, self._blocks = start, start.to(weights.device).split(width)
+            self._start, self._start_blocks = start, start.to(weights.device).split(width)
+        if self._weights is not weights:
+            self._weights, self._blocks = weights, weights.split(width)
         if self._room is None:
             self._room = _Room.of(weights, torch.promote_types(self.dtype, torch.float32))
         place = self._room.places[len(self._waiting)]
         for x, y, (update, pieces, norms) in zip(
-            self._blocks, weights.split(width), place, strict=True
+            self._start_blocks, self._blocks, place, strict=True
         ):
             torch.sub(x, y, out=update)
             if self.alignment:  # while it is in the cache
@@ -130,13 +134,15 @@ class PartialSums:
             factors.append(weights)
         by_row = updates.new_tensor(factors)
         with full_precision():
-            if not len(self._sums):
-                self._sums = by_row @ updates
-            else:
-                self._sums, width = self._sums.double(), _width(updates)
-                for sums, block in zip(
-                    self._sums.split(width, dim=1), updates.split(width, dim=1), strict=True
-                ):
+            first, width = not len(self._sums), _width(updates)
+            shape = len(by_row), updates.shape[1]
+            self._sums = updates.new_empty(shape) if first else self._sums.double()
+            for sums, block in zip(
+                self._sums.split(width, dim=1), updates.split(width, dim=1), strict=True
+            ):
+                if first:
+                    torch.mm(by_row, block, out=sums)
+                else:
                     sums.add_(by_row @ block)
         room.leave()
 
@@ -144,9 +150,9 @@ class PartialSums:
         """Return what travels; no more digits than that are kept here."""
         self.finish()
         self._sums = self._sums.to(torch.promote_types(self.dtype, torch.float32))
-        nothing = {"found": None, "_start": None, "_blocks": ()}
+        blocks = {"_start": None, "_start_blocks": (), "_weights": None, "_blocks": ()}
         # As ndarrays they travel through shared memory; as tensors they would be copied.
-        return self.__dict__ | nothing | {"_sums": self._sums.cpu().numpy()}
+        return self.__dict__ | blocks | {"found": None, "_sums": self._sums.cpu().numpy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _sums=torch.from_numpy(state["_sums"]))

@@ -4,9 +4,12 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from functools import cache
 
 import numpy as np
 import torch
+
+_has_gpu = cache(torch.cuda.is_available)  # torch asks the driver anew each time
 
 
 class Draw(IntEnum):
@@ -44,7 +47,7 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_available():
+    if _has_gpu():
         torch.cuda.manual_seed_all(seed)
 
 

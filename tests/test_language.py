@@ -19,7 +19,7 @@ from fedinit.data.federated_dataset import IGNORED
 from fedinit.data.shakespeare import shakespeare_texts
 from fedinit.data.text import WORD_CHARACTERS, TextDataset, Texts, split_words
 from fedinit.errors import RequestError
-from fedinit.measurements.evaluation import correct_predictions, evaluate, per_example
+from fedinit.measurements.evaluation import correct_by_row, evaluate, per_example
 from fedinit.models import MODELS
 from fedinit.models.language import CharLM
 from fedinit.results import RunFolder
@@ -118,7 +118,7 @@ def test_padding_counts_in_no_loss_and_no_accuracy():
     assert per_example(losses, targets).tolist() == [1.5, 3.0]
     scores = torch.zeros(2, 6, 3)
     scores[:, 1] = 1.0  # says 1 everywhere: right once
-    assert correct_predictions(scores, targets) == 1
+    assert correct_by_row(scores, targets).sum() == 1
     found = evaluate(torch.nn.Identity(), lambda _o, _t: losses, [(scores, targets)])
     assert found["num-examples"] == 3
     assert found["loss"] == pytest.approx(2.0)
@@ -138,7 +138,7 @@ def test_a_row_of_nothing_but_padding_has_no_loss():
 @pytest.mark.parametrize("shape", [(3,), (3, 1)])
 def test_of_a_single_score_there_is_no_accuracy(shape):
     """Of one logit for each row the highest is always the first: label 0 would be called right."""
-    assert correct_predictions(torch.ones(shape), torch.tensor([0, 1, 1])) is None
+    assert correct_by_row(torch.ones(shape), torch.tensor([0, 1, 1])) is None
 
 
 def test_one_step_on_tokens_end_to_end(finals):

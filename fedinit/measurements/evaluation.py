@@ -29,14 +29,8 @@ def correct_by_row(outputs: Tensor, targets: Tensor) -> Tensor | None:
         or outputs.shape[:1] + outputs.shape[2:] != targets.shape
     ):
         return None
-    right = outputs.detach().argmax(1) == targets
+    right = outputs.argmax(1) == targets
     return right if right.ndim == 1 else right.flatten(1).sum(1)
-
-
-def correct_predictions(outputs: Tensor, targets: Tensor) -> Tensor | None:
-    """Count all rows' targets that have the highest score, on their device (nobody waits)."""
-    rows = correct_by_row(outputs, targets)
-    return None if rows is None else rows.sum()
 
 
 def per_example(losses: Tensor, targets: Tensor) -> Tensor:

@@ -79,12 +79,14 @@ class TrainsGroups(Protocol):
     """A ClientApp that can be asked for its training without messages, many clients at once.
 
     Attributes:
-        groups: deals the clients of a train message's content to groups.
-        train_group: maps such a content and a group to what each of its clients makes of it.
+        prepare: deals the clients of a train message's content to groups, and returns them with
+            what trains one: it returns what each of the group makes of the content.
     """
 
-    groups: Callable[[RecordDict, Sequence[int]], list[list[int]]]
-    train_group: Callable[[RecordDict, Sequence[int]], Sequence[Trained]]
+    prepare: Callable[
+        [RecordDict, Sequence[int]],
+        tuple[list[list[int]], Callable[[Sequence[int]], Sequence[Trained]]],
+    ]
 
 
 class Worker:
@@ -181,14 +183,15 @@ def _train(
     received = content.array_records[ARRAYS]
     start = sums.layout.flatten(received)
     try:
-        waiting = deque(app.groups(content, nodes))
+        groups, train_group = app.prepare(content, nodes)
     except Exception as error:
         yield from (_failed(node, error) for node in nodes)
         return
+    waiting = deque(groups)
     while waiting:
         group = waiting.popleft()
         try:
-            made = app.train_group(content, group)
+            made = train_group(group)
         except Exception as error:
             if len(group) == 1:
                 yield _failed(group[0], error)
