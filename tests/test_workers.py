@@ -113,19 +113,26 @@ def test_a_driver_keeps_the_memory_that_it_frees(ray_started):
 def test_ray_runs_nothing_that_is_not_asked_for():
     """Twice in one process: what is left runs, and ends."""
     code = """
+import time
 from contextlib import suppress
 import psutil
 from fedinit.simulation import Workers
+
+def running():
+    for each in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # one that has just ended
+            yield " ".join(each.cmdline())
+
 for _ in range(2):
     with Workers(1) as workers:
         workers.measure("started", int)
-        for each in psutil.Process().children(recursive=True):
-            with suppress(psutil.NoSuchProcess):  # one that has just ended
-                print(*each.cmdline())
+        while "ray::Worker" not in (found := "\\n".join(running())):
+            time.sleep(0.05)  # read while the worker wrote its title
+        print(found)
     assert not psutil.Process().children(recursive=True)
 """
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ray::Worker") == 2
     assert "raylet" in done.stdout
