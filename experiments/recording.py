@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from experiments.wiring import Simulation
 from fedinit.cohort import ARRAYS, METRICS, CohortSums
-from fedinit.device import device
+from fedinit.device import device, threads_for
 from fedinit.measurements.hessian import top_hessian_eigenvalues
 from fedinit.partial_sums import inner_product
 from fedinit.randomness import Draw, keyed
@@ -80,17 +80,18 @@ class Recorder:
         due = server_round % run.evaluate_every == 0 or server_round == run.rounds
         tested = evaluate_test(self._grid, arrays, self._parts) if due else {}
         now = time.perf_counter()
-        line = {
-            "round": server_round,
-            **(self._training(sums) if sums is not None else {}),
-            **(_failed(failures) if sums is not None and run.on_client_error == "skip" else {}),
-            **self._strategys_own(sums),
-            "test_loss": tested.get("loss"),
-            "test_accuracy": tested.get("accuracy"),
-            **({"test_perplexity": _perplexity(tested)} if self._sequences else {}),
-            "wall_seconds": round(now - self._since, 4),
-        }
-        not_finite = self._not_finite(line, arrays)
+        with threads_for(sum(self._prepared.problem.layout.sizes)):
+            line = {
+                "round": server_round,
+                **(self._training(sums) if sums is not None else {}),
+                **(_failed(failures) if sums is not None and run.on_client_error == "skip" else {}),
+                **self._strategys_own(sums),
+                "test_loss": tested.get("loss"),
+                "test_accuracy": tested.get("accuracy"),
+                **({"test_perplexity": _perplexity(tested)} if self._sequences else {}),
+                "wall_seconds": round(now - self._since, 4),
+            }
+            not_finite = self._not_finite(line, arrays)
         if not_finite:
             line["diverged"] = not_finite
         elif server_round == 0:

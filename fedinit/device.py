@@ -6,6 +6,8 @@ from functools import cache
 
 import torch
 
+_WORTH_THREADS = 1 << 20  # elements
+
 
 @cache
 def device() -> torch.device:
@@ -37,6 +39,22 @@ def full_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def threads_for(elements: int) -> Iterator[None]:
+    """Let one thread do what is done to vectors, if they are short: it is done before others wake.
+
+    Args:
+        elements: of a vector.
+    """
+    before = torch.get_num_threads()
+    try:
+        if elements < _WORTH_THREADS:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def free_bytes() -> int:

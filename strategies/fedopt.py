@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clients.client_optimizers import OptimizerFactory
 from fedinit.cohort import ARRAYS, CohortSums
+from fedinit.device import threads_for
 from fedinit.parameters import Array, Layout
 from fedinit.randomness import Draw, keyed
 
@@ -116,7 +117,8 @@ class FedOpt(Strategy):
                 raise RuntimeError(f"round {server_round}: {failed}")
         if not sums.clients:
             raise RuntimeError(f"round {server_round}: no client survived; {failed or 'no reply'}")
-        point = self._step(start, sums)
+        with threads_for(len(start)):
+            point = self._step(start, sums)
         rest = sums.mean_rest(self.layout.rest(self._arrays))
         return self.layout.record(point, rest), MetricRecord(dict(sums.mean_metrics()))
 

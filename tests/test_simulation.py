@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from experiments.resuming import as_begun
 from fedinit.experiment_file import load_experiment
+from fedinit.device import threads_for
 from fedinit.randomness import seed_all
 from fedinit.results import RunFolder
 
@@ -73,6 +74,22 @@ def test_seeding_torch_is_torchs_own_seeding():
         ours = torch.rand(3)
         torch.manual_seed(2**62 + 1)
         assert torch.equal(ours, torch.rand(3))
+
+
+def test_short_vectors_get_one_thread_and_others_get_theirs_back():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with threads_for(1000):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        with threads_for(10_000_000):
+            assert torch.get_num_threads() == 2
+        with pytest.raises(ZeroDivisionError), threads_for(1000):
+            _ = 1 / 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_another_seed_gives_another_run(finals):

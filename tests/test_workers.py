@@ -111,8 +111,9 @@ def test_a_driver_keeps_the_memory_that_it_frees(ray_started):
 
 
 def test_ray_runs_nothing_that_is_not_asked_for():
-    """Twice in one process: what is left runs, and ends."""
+    """Twice in one process: what is left runs, as nice as the driver, and ends."""
     code = """
+import os
 import time
 from contextlib import suppress
 import psutil
@@ -125,7 +126,7 @@ def running():
 
 for _ in range(2):
     with Workers(1) as workers:
-        workers.measure("started", int)
+        assert workers.measure("niceness", lambda: os.nice(0)) == os.nice(0)
         while "ray::Worker" not in (found := "\\n".join(running())):
             time.sleep(0.05)  # read while the worker wrote its title
         print(found)

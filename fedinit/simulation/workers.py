@@ -44,8 +44,12 @@ _DRIVER = {_M_TRIM_THRESHOLD: 512 << 20, _M_TOP_PAD: 64 << 20, _M_MMAP_THRESHOLD
 # Weights up to this size go along with each call, where Ray is started for it: for an object in
 # Ray's store several processes have to talk to each other, which takes longer than a few copies.
 _INLINE_BYTES = 1 << 20
-# What Ray sends along with a call or its result: a worker's sums are some vectors like x.
-_RAY = {"RAY_max_direct_call_object_size": str(4 * _INLINE_BYTES)}
+_RAY = {
+    # What Ray sends along with a call or its result: a worker's sums are some vectors like x.
+    "RAY_max_direct_call_object_size": str(4 * _INLINE_BYTES),
+    # Ray would give way to whatever else runs, 15 steps of `nice`: its workers are what runs here.
+    "RAY_worker_niceness": "0",
+}
 # Processes of Ray that watch for a cluster that grows, for logs to show and for visitors of a page.
 # Nobody here asks for any of it, and of two cores they take 2%, at the start-up a second.
 _UNUSED = ("MONITOR", "LOG_MONITOR", "DASHBOARD")
