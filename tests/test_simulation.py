@@ -9,8 +9,8 @@ import yaml
 from safetensors.torch import load_file
 
 from experiments.resuming import as_begun
-from fedinit.experiment_file import load_experiment
 from fedinit.device import threads_for
+from fedinit.experiment_file import load_experiment
 from fedinit.randomness import seed_all
 from fedinit.results import RunFolder
 
