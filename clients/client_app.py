@@ -23,7 +23,7 @@ from clients.client_optimizers import (
 from clients.local_training import LocalDraws, Workspace
 from clients.memory_format import MEMORY_FORMATS
 from clients.vectorized import groups, make_training
-from fedinit.cohort import ARRAYS, METRICS, Trained
+from fedinit.cohort import ARRAYS, METRICS, Trained, TrainGroup
 from fedinit.config import Run
 from fedinit.measurements.evaluation import evaluate
 from fedinit.problem import Problem
@@ -31,7 +31,6 @@ from fedinit.problem import Problem
 CONFIG, SERVER_STATE = "config", "server-state"
 PROXIMAL_MU = "proximal-mu"  # in the config that Flower's FedProx sends
 _EVALUATION_BATCH = 128
-TrainGroup = Callable[[Sequence[int]], list[Trained]]
 
 
 class LocalClientApp(ClientApp):
@@ -41,15 +40,15 @@ class LocalClientApp(ClientApp):
     checks, is a tenth of a small client's update; and clients of one share can be trained as one.
 
     Attributes:
-        prepare: deals the clients of a train message's content to groups that are trained as one,
-            and returns them with what trains one: it returns what each of the group makes of x.
+        deal_training: see `TrainsGroups`; the clients of a group are trained as one.
     """
 
     def __init__(
-        self, prepare: Callable[[RecordDict, Sequence[int]], tuple[list[list[int]], TrainGroup]]
+        self,
+        deal_training: Callable[[RecordDict, Sequence[int]], tuple[list[list[int]], TrainGroup]],
     ) -> None:
         super().__init__()
-        self.prepare = prepare
+        self.deal_training = deal_training
 
 
 def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory) -> LocalClientApp:
@@ -81,18 +80,20 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
         client = run.client.model_copy(update={"optimizer": "proximal", "mu": proximal_mu})
         return run.model_copy(update={"client": client}), CLIENT_OPTIMIZERS["proximal"]
 
-    def prepare(content: RecordDict, clients: Sequence[int]) -> tuple[list[list[int]], TrainGroup]:
-        # Here once: between trainings, which fill the caches, it takes five times as long.
+    def deal_training(
+        content: RecordDict, clients: Sequence[int]
+    ) -> tuple[list[list[int]], TrainGroup]:
         server_round = _server_round(content)
         mu = content.config_records[CONFIG].get(PROXIMAL_MU)
         as_told, client_optimizer = told(None if mu is None else float(mu))  # type: ignore[arg-type]
         state = content.get(SERVER_STATE)
         server = ServerState(base_optimizer, state) if isinstance(state, ArrayRecord) else None
-        arrays: ArrayRecord = content[ARRAYS]  # type: ignore[assignment]
+        arrays = content.array_records[ARRAYS]
         owners = problem.dataset.owners
         dealt = groups(run, owners.sizes, server_round, clients)
+        # Made one by one, between trainings that fill the caches, they take five times as long.
         ahead = {
-            first: LocalDraws.of(run, server_round, first, owners.at(first))
+            first: LocalDraws.of(as_told, server_round, first, owners.at(first))
             for first, *others in dealt
             if not others
         }
@@ -105,11 +106,11 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
 
         return dealt, train_group
 
-    app = LocalClientApp(prepare)
+    app = LocalClientApp(deal_training)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        [group], train_group = prepare(message.content, [_client(context)])
+        [group], train_group = deal_training(message.content, [_client(context)])
         [trained] = train_group(group)
         content = trained.content(problem.layout, message.content.array_records[ARRAYS])
         return Message(content, reply_to=message)

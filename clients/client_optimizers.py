@@ -12,7 +12,6 @@ mimelite SGD steps with the server's optimizer state, frozen (Karimireddy et al.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -55,10 +54,9 @@ def per_client(training: Training, update: Update, rest: Mapping[str, Tensor]) -
         update: what the client optimizer made of it.
         rest: the model's arrays outside the vector.
     """
-    each = partial(_each, clients=len(training.steps))
-    weights = each(update.weights)
+    weights = _each(update.weights)
     extra = {
-        name: {key: each(value) for key, value in arrays.items()}
+        name: {key: _each(value) for key, value in arrays.items()}
         for name, arrays in update.extra.items()
     }
     return [
@@ -75,9 +73,12 @@ def per_client(training: Training, update: Update, rest: Mapping[str, Tensor]) -
     ]
 
 
-def _each(vectors: Tensor, clients: int) -> Sequence[Tensor]:
-    """Return each client's vector; a client trained alone has no other, and no view is made."""
-    return [vectors.flatten()] if clients == 1 else vectors.view(clients, -1).unbind()
+def _each(vectors: Tensor) -> Sequence[Tensor]:
+    """Return each client's vector; that of a client trained alone as it is.
+
+    Whoever sums sees by this, without a view, that the next client's y is the same tensor.
+    """
+    return [vectors] if vectors.ndim == 1 else vectors.unbind()
 
 
 @dataclass(frozen=True)

@@ -287,5 +287,5 @@ class LocalTraining:
 
 
 def _total(rows: Tensor) -> float | Tensor:
-    """Return a batch's sum in float64; Python is faster here, but would wait for a GPU."""
+    """Return a batch's sum in float64; of its few rows Python is faster, but waits for a GPU."""
     return sum(rows.tolist()) if rows.is_cpu else rows.detach().sum(dtype=torch.float64)

@@ -6,7 +6,7 @@ whatever the cohort's size.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +53,10 @@ class Trained(NamedTuple):
         for name, arrays in self.extra.items():
             content[name] = _record(arrays)
         return content
+
+
+# Trains clients as one, and returns what each makes of x.
+TrainGroup = Callable[[Sequence[int]], Sequence[Trained]]
 
 
 class CohortSums:

@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-_WORTH_THREADS = 1 << 20  # elements
+_WORTH_THREADS = 1 << 20  # elements: one thread is through fewer before another has woken
 
 
 @cache
@@ -43,7 +43,7 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def threads_for(elements: int) -> Iterator[None]:
-    """Let one thread do what is done to vectors, if they are short: it is done before others wake.
+    """Let torch use one thread, in this process, while it works on short vectors.
 
     Args:
         elements: of a vector.

@@ -77,10 +77,10 @@ class PartialSums:
         self._sums = torch.empty(0)  # none yet
         self._waiting: list[float] = []  # w_i of updates that are not yet in the sums
         self._room: _Room | None = None  # where these are
-        self._start: Tensor | None = None  # x as it was sent
-        self._start_blocks: tuple[Tensor, ...] = ()  # of x, where the sums lie
-        self._weights: Tensor | None = None  # y, which may be the same vector for each client
-        self._blocks: tuple[Tensor, ...] = ()  # of y
+        self._x: Tensor | None = None  # as it was sent
+        self._x_blocks: tuple[Tensor, ...] = ()  # where the sums lie
+        self._y: Tensor | None = None  # the last client's: often the same tensor for each
+        self._y_blocks: tuple[Tensor, ...] = ()
 
     @property
     def rows(self) -> Tensor:
@@ -98,15 +98,15 @@ class PartialSums:
         """Add the update of a client that made y of x, with its weight; y may change afterwards."""
         self.found = None
         width = _width(weights)
-        if self._start is not start:
-            self._start, self._start_blocks = start, start.to(weights.device).split(width)
-        if self._weights is not weights:
-            self._weights, self._blocks = weights, weights.split(width)
+        if self._x is not start:
+            self._x, self._x_blocks = start, start.to(weights.device).split(width)
+        if self._y is not weights:
+            self._y, self._y_blocks = weights, weights.split(width)
         if self._room is None:
             self._room = _Room.of(weights, torch.promote_types(self.dtype, torch.float32))
         place = self._room.places[len(self._waiting)]
         for x, y, (update, pieces, norms) in zip(
-            self._start_blocks, self._blocks, place, strict=True
+            self._x_blocks, self._y_blocks, place, strict=True
         ):
             torch.sub(x, y, out=update)
             if self.alignment:  # while it is in the cache
@@ -140,7 +140,7 @@ class PartialSums:
             for sums, block in zip(
                 self._sums.split(width, dim=1), updates.split(width, dim=1), strict=True
             ):
-                if first:
+                if first:  # block by block, too: a long product takes half as long again
                     torch.mm(by_row, block, out=sums)
                 else:
                     sums.add_(by_row @ block)
@@ -150,7 +150,7 @@ class PartialSums:
         """Return what travels; no more digits than that are kept here."""
         self.finish()
         self._sums = self._sums.to(torch.promote_types(self.dtype, torch.float32))
-        blocks = {"_start": None, "_start_blocks": (), "_weights": None, "_blocks": ()}
+        blocks = {"_x": None, "_x_blocks": (), "_y": None, "_y_blocks": ()}
         # As ndarrays they travel through shared memory; as tensors they would be copied.
         return self.__dict__ | blocks | {"found": None, "_sums": self._sums.cpu().numpy()}
 

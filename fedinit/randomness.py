@@ -9,7 +9,8 @@ from functools import cache
 import numpy as np
 import torch
 
-_has_gpu = cache(torch.cuda.is_available)  # torch asks the driver anew each time
+# torch asks the driver anew each time; `device` would take a GPU that a process may not need.
+_has_gpu = cache(torch.cuda.is_available)
 
 
 class Draw(IntEnum):

@@ -128,7 +128,7 @@ for _ in range(2):
     with Workers(1) as workers:
         assert workers.measure("niceness", lambda: os.nice(0)) == os.nice(0)
         while "ray::Worker" not in (found := "\\n".join(running())):
-            time.sleep(0.05)  # read while the worker wrote its title
+            time.sleep(0.05)  # its command line was read while it wrote the title
         print(found)
     assert not psutil.Process().children(recursive=True)
 """

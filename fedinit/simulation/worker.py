@@ -10,7 +10,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedinit.cohort import ARRAYS, METRICS, CohortSums, Trained
+from fedinit.cohort import ARRAYS, METRICS, CohortSums, TrainGroup
 from fedinit.errors import located
 from fedinit.parameters import Layout
 from fedinit.registry import add_to_path
@@ -79,14 +79,11 @@ class TrainsGroups(Protocol):
     """A ClientApp that can be asked for its training without messages, many clients at once.
 
     Attributes:
-        prepare: deals the clients of a train message's content to groups, and returns them with
-            what trains one: it returns what each of the group makes of the content.
+        deal_training: deals the clients of a train message's content to groups; returns them, and
+            a function that trains a group and returns what each of its clients makes of x.
     """
 
-    prepare: Callable[
-        [RecordDict, Sequence[int]],
-        tuple[list[list[int]], Callable[[Sequence[int]], Sequence[Trained]]],
-    ]
+    deal_training: Callable[[RecordDict, Sequence[int]], tuple[list[list[int]], TrainGroup]]
 
 
 class Worker:
@@ -183,7 +180,7 @@ def _train(
     received = content.array_records[ARRAYS]
     start = sums.layout.flatten(received)
     try:
-        groups, train_group = app.prepare(content, nodes)
+        groups, train_group = app.deal_training(content, nodes)
     except Exception as error:
         yield from (_failed(node, error) for node in nodes)
         return

@@ -44,12 +44,8 @@ _DRIVER = {_M_TRIM_THRESHOLD: 512 << 20, _M_TOP_PAD: 64 << 20, _M_MMAP_THRESHOLD
 # Weights up to this size go along with each call, where Ray is started for it: for an object in
 # Ray's store several processes have to talk to each other, which takes longer than a few copies.
 _INLINE_BYTES = 1 << 20
-_RAY = {
-    # What Ray sends along with a call or its result: a worker's sums are some vectors like x.
-    "RAY_max_direct_call_object_size": str(4 * _INLINE_BYTES),
-    # Ray would give way to whatever else runs, 15 steps of `nice`: its workers are what runs here.
-    "RAY_worker_niceness": "0",
-}
+# What Ray sends along with a call or its result: a worker's sums are some vectors like x.
+_RAY = {"RAY_max_direct_call_object_size": str(4 * _INLINE_BYTES)}
 # Processes of Ray that watch for a cluster that grows, for logs to show and for visitors of a page.
 # Nobody here asks for any of it, and of two cores they take 2%, at the start-up a second.
 _UNUSED = ("MONITOR", "LOG_MONITOR", "DASHBOARD")
@@ -292,6 +288,8 @@ def _start_ray(import_path: Sequence[str], address: str | None) -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Else workers would give way to whatever runs, by 15 steps; a cluster's do as its owner says.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Waiting, Ray looks for signals once a second by itself: two Ctrl-C within it were one.
     os.environ.setdefault("RAY_get_check_signal_interval_milliseconds", "50")
     # Ray's own switch, off by itself on other systems than Linux: Ray then listens on loopback.
