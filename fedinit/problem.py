@@ -45,8 +45,8 @@ def load_dataset(run: Run) -> FederatedDataset:
     """Load the data set that a run names, not yet partitioned.
 
     Raises:
-        RequestError: the name is unknown, the data are missing or corrupt, or the user's function
-            returns something else.
+        RequestError: the name is unknown, the data are missing or corrupt, a number in them is not
+            finite, or the user's function returns something else.
     """
     dataset = call("dataset", resolve("dataset", run.dataset, DATASETS), run.dataset_args)
     if not isinstance(dataset, FederatedDataset):
@@ -54,6 +54,8 @@ def load_dataset(run: Run) -> FederatedDataset:
             f"dataset: '{run.dataset}' returned a {type(dataset).__name__}, "
             "expected fedinit.data.FederatedDataset"
         )
+    if dataset.folder is None:  # what is mapped was checked when it was saved
+        dataset.check_finite()
     return dataset
 
 

@@ -1,5 +1,7 @@
 """Embedded data, partitions, and what a data set checks."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -146,6 +148,24 @@ def test_a_dataset_checks_its_clients():
     for mask in ([True, False, True], [0.0, 2.0], [[0, 1], [1, 2]]):
         with pytest.raises(RequestError, match=r"client 'b' has .* expected row numbers"):
             FederatedDataset(x, y, {"a": [0], "b": mask}, x, y)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("column", ["inputs", "targets", "test_inputs", "test_targets"])
+def test_a_number_that_is_not_finite_is_named(column, number, tmp_path):
+    columns = {
+        "inputs": torch.zeros(3, 2, 2),
+        "targets": torch.zeros(3),
+        "test_inputs": torch.zeros(2, 2, 2),
+        "test_targets": torch.zeros(2),
+    }
+    FederatedDataset(clients=None, **columns).save(tmp_path / "whole")
+    columns[column].view(-1)[-1] = number
+    damaged = FederatedDataset(clients=None, **columns)
+    told = f"dataset: {column}, row {len(columns[column]) - 1}: a number is not finite"
+    with pytest.raises(RequestError, match=told):
+        damaged.save(tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
 
 
 def test_what_a_model_reads():

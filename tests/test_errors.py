@@ -121,6 +121,17 @@ CASES = {
         {"strategy": "flwr.serverapp.strategy:FedMedian", "reduce": "worker"},
         ["reduce: workers average, FedMedian needs each client's reply", "valid: auto, client"],
     ),
+    "a number that is none": (
+        {
+            "dataset": "plugged_in:quadratics",
+            "dataset_args": {
+                "curvature": [[1.0], [1.0]],
+                "optimum": [[0.0], [float("nan")]],
+                "examples": [2, 1],
+            },
+        },
+        ["dataset: targets, row 2: a number is not finite"],
+    ),
     "labels below zero": (
         {"dataset": "plugged_in:signs"},
         ["'plugged_in:signs' has the target -1", "labels from 0"],

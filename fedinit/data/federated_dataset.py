@@ -177,6 +177,20 @@ class FederatedDataset:
                 moved.__dict__ |= {name: self.__dict__[name].to(device) for name in _COLUMNS}
         return moved
 
+    def check_finite(self) -> None:
+        """Check that every float of the rows and targets is a finite number: one pass over them.
+
+        Raises:
+            RequestError: one is not; its column and row are named.
+        """
+        for name in _COLUMNS:
+            column = self.__dict__[name]
+            if not column.is_floating_point() or not column.numel():
+                continue
+            if not torch.stack(column.aminmax()).isfinite().all():  # both are NaN if an entry is
+                row = next(row for row, each in enumerate(column) if not each.isfinite().all())
+                raise RequestError(f"dataset: {name}, row {row}: a number is not finite")
+
     def save(self, folder: Path) -> None:
         """Write the data set to a folder, to be opened by `open`.
 
@@ -184,8 +198,9 @@ class FederatedDataset:
         `np.memmap` say, is written without being held in memory.
 
         Raises:
-            RequestError: the folder is not empty or cannot be written.
+            RequestError: a number is not finite, or the folder is not empty or cannot be written.
         """
+        self.check_finite()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if any(folder.iterdir()):
