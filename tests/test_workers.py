@@ -93,6 +93,14 @@ def test_a_process_that_dies_at_the_start_is_replaced(ray_started):
         assert psutil.Process(workers.measure("process", os.getpid)).pid != first
 
 
+def test_what_two_workers_die_of_is_not_measured(ray_started):
+    """One sentence of Ray's, and the next measurement has a process again."""
+    with Workers(1) as workers:
+        with pytest.raises(RuntimeError, match=r"^2 workers died while they measured: [^\n]+$"):
+            workers.measure("death", lambda: os.kill(os.getpid(), signal.SIGKILL))
+        assert psutil.pid_exists(workers.measure("process", os.getpid))
+
+
 def test_what_a_worker_raises_is_raised_as_it_is(ray_started):
     with Workers(1) as workers, pytest.raises(ZeroDivisionError) as raised:
         workers.measure("nothing", lambda: 1 // 0)

@@ -130,7 +130,8 @@ class Workers:
         """Return what `function` returns in a worker; it is called once for each key.
 
         Raises:
-            RuntimeError: Ray has no room for the workers; or whatever `function` raises.
+            RuntimeError: Ray has no room for the workers, or two die of it; or whatever `function`
+                raises.
         """
         if key not in self._measured:
             self._wait_for_room()
@@ -139,7 +140,11 @@ class Workers:
             except DIED:
                 self._app = None  # the last run's: it may be what the process died of
                 self.replace(0)
-                found = _get(self._actors[0].call.remote(function))
+                try:
+                    found = _get(self._actors[0].call.remote(function))
+                except DIED as error:
+                    message = f"2 workers died while they measured: {why_died(error)}"
+                    raise RuntimeError(message) from None
             self._measured[key] = found
         return self._measured[key]
 
