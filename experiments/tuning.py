@@ -35,10 +35,16 @@ from experiments.resuming import is_free, results_folder
 from experiments.running import train
 from experiments.unread import notes
 from experiments.wiring import Datasets, simulation
-from fedinit.config import Run, Strict, explain
+from fedinit.config import CARRYING_OUT, Run, Strict, explain
 from fedinit.errors import RequestError, WriteError, located, one_line
-from fedinit.experiment_file import Experiment, check_rules, matches, with_settings
-from fedinit.randomness import Draw, keyed, torch_seed
+from fedinit.experiment_file import (
+    Experiment,
+    check_rules,
+    matches,
+    with_settings,
+    with_weights_beside,
+)
+from fedinit.randomness import Draw, keyed
 from fedinit.results import to_json, write_atomically
 from fedinit.simulation import Workers
 
@@ -47,9 +53,11 @@ _SCORED = 3  # last evaluations, averaged: one alone is noisy when cohorts are s
 _FREE = 2  # trials that are never stopped early; later ones are compared with the median
 _REQUEST, _TRIALS = "request.json", "trials.db"
 _FAILURE = "failure"
+_ANY = optuna.samplers.RandomSampler()  # of a trial's values none is left to draw
 
 # Lists are searched as well (server.betas), which Optuna can store, and says that it cannot.
-warnings.filterwarnings("ignore", message="Choices for a categorical|.*supported by `GridSampler`")
+warnings.filterwarnings("ignore", message="Choices for a categorical")
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
 class Tune(Strict):
@@ -67,31 +75,43 @@ class Tune(Strict):
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm: its run, what identifies it, and the values to search."""
+    """One arm: its run, what identifies it, the values to search, and where weights are named."""
 
     label: str
     run: Run
     match: dict[str, Any]
     values: dict[str, list[Any]]
+    folder: Path
 
     @property
     def searches_proxy(self) -> bool:
         """Whether each trial may start from a proxy of its own."""
-        return any(key.startswith("proxy.") for key in self.values)
+        return any(key.partition(".")[0] == "proxy" for key in self.values)
+
+    @cached_property
+    def combinations(self) -> list[dict[str, Any]]:
+        """Every combination of the values."""
+        product = itertools.product(*self.values.values())
+        return [dict(zip(self.values, each, strict=True)) for each in product]
 
     @cached_property
     def runs(self) -> list[Run]:
         """The run of every combination; each is validated by being made."""
-        combinations = itertools.product(*self.values.values())
-        return [
-            with_settings(self.run, dict(zip(self.values, each, strict=True)))
-            for each in combinations
-        ]
+        return [self._run(chosen) for chosen in self.combinations]
+
+    def drawn(self, most: int) -> list[dict[str, Any]]:
+        """Return at most so many of the combinations, in the order in which they are tried."""
+        order = keyed(Draw.SEARCH, self.run.seed).permutation(len(self.combinations))
+        return [self.combinations[index] for index in order[:most]]
 
     def run_of(self, trial: Trial) -> Run:
         """Return the run of a trial."""
-        chosen = {key: trial.suggest_categorical(key, found) for key, found in self.values.items()}
-        return with_settings(self.run, chosen)
+        return self._run(
+            {key: trial.suggest_categorical(key, self.values[key]) for key in self.values}
+        )
+
+    def _run(self, chosen: dict[str, Any]) -> Run:
+        return with_weights_beside(with_settings(self.run, chosen), self.folder)
 
 
 def tune(
@@ -107,7 +127,8 @@ def tune(
         experiment: its runs are the arms; its `tune` section says what is searched.
         out: a new folder, or with `resume` one that an earlier call with the same request left.
         progress: told of each arm and trial.
-        resume: whether to go on in `out`; no trial that has finished is repeated.
+        resume: whether to go on in `out`; no trial that has finished is repeated, and one that was
+            broken off is.
         address: a running Ray cluster to join.
 
     Raises:
@@ -122,7 +143,7 @@ def tune(
         check(arm.runs[0], datasets)
     described = [
         settings.model_dump(mode="json"),
-        *(arm.run.model_dump(mode="json") for arm in arms),
+        *(arm.run.model_dump(mode="json", exclude=set(CARRYING_OUT)) for arm in arms),
     ]
     request = to_json(described, indent=1)
     _check_folder(out, request, resume)
@@ -135,7 +156,7 @@ def tune(
     with (
         results_folder(out),
         Workers(
-            number=None if arms[0].run.workers == "auto" else arms[0].run.workers,
+            number=max((n for arm in arms if (n := arm.run.workers) != "auto"), default=None),
             most=max(arm.run.cohort for arm in arms),
             import_path=[str(experiment.folder)],
             address=address,
@@ -144,23 +165,22 @@ def tune(
         _check_folder(out, request, resume)  # again: now nobody else writes to it
         write_atomically(out / _REQUEST, request.encode())
         for arm in arms:
-            sampler = optuna.samplers.GridSampler(arm.values, seed=_seed(arm))
+            tried = arm.drawn(settings.trials)
             pruner = optuna.pruners.MedianPruner(n_startup_trials=_FREE)
-            number = min(settings.trials, len(arm.runs))
-            with _stored(out / _TRIALS), progress.arm(arm.label, number) as report:
+            with _stored(out / _TRIALS), progress.arm(arm.label, len(tried)) as report:
                 study = optuna.create_study(
-                    storage=storage,
-                    study_name=arm.label,
-                    load_if_exists=True,
-                    sampler=sampler,
-                    pruner=pruner,
+                    storage=storage, study_name=arm.label, load_if_exists=True, pruner=pruner
                 )
-                study.optimize(
-                    partial(_score, arm, workers, datasets),
-                    n_trials=number - len(_finished(study)),
-                    catch=Exception,  # whatever a user's model raises; the other trials go on
-                    callbacks=[lambda study, trial: report(len(_finished(study)), _told(trial))],
-                )
+                done = [trial.params for trial in _finished(study)]
+                for chosen in (each for each in tried if each not in done):
+                    study.sampler = optuna.samplers.PartialFixedSampler(chosen, _ANY)
+                    study.optimize(
+                        partial(_score, arm, workers, datasets),
+                        n_trials=1,
+                        catch=Exception,  # whatever a user's model raises; the other trials go on
+                    )
+                    trials = _finished(study)
+                    report(len(trials), _told(trials[-1]))
             rules.append(_rule(arm, _finished(study)))
             _write_rates(out / RATES, experiment, rules, settings)
             progress.note(f"  best: {rules[-1]['set']} {rules[-1]['note']}")
@@ -196,10 +216,6 @@ def _settings(experiment: Experiment) -> Tune:
 
 def _arm(experiment: Experiment, label: str, settings: Tune) -> Arm:
     run = experiment.runs[label]
-    if not run.validation:
-        raise RequestError("validation: fedinit tune needs a share of each client's examples, > 0")
-    if not run.rounds:
-        raise RequestError("rounds: fedinit tune needs at least 1")
     values: dict[str, list[Any]] = {}
     for rule in settings.search:
         if matches(experiment.as_written(run), rule):
@@ -207,7 +223,15 @@ def _arm(experiment: Experiment, label: str, settings: Tune) -> Arm:
     values = {key: found for key, found in values.items() if found is not None}
     if not values:
         raise RequestError(f"tune.search: no rule matches the run {label}")
-    return Arm(label, run, experiment.arm(run), values)
+    arm = Arm(label, run, experiment.arm(run), values, experiment.folder)
+    for each in arm.runs:
+        if not each.validation:  # or it would be scored on the test set
+            raise RequestError(
+                "validation: fedinit tune needs a share of each client's examples, > 0"
+            )
+        if not each.rounds:
+            raise RequestError("rounds: fedinit tune needs at least 1")
+    return arm
 
 
 def _check_folder(out: Path, request: str, resume: bool) -> None:
@@ -220,20 +244,18 @@ def _check_folder(out: Path, request: str, resume: bool) -> None:
         raise RequestError(f"--out {out}: not empty; continue it with --resume, or name another")
 
 
-def _seed(arm: Arm) -> int:
-    """A seed for the order of the trials, of 32 bits as numpy's older generators want it."""
-    return torch_seed(keyed(Draw.SEARCH, arm.run.seed)) % 2**32
-
-
 def _score(arm: Arm, workers: Workers, datasets: Datasets, trial: Trial) -> float:
-    """Train one trial; stop it where it is worse than the median of those before at that round."""
+    """Train one trial; stop it where its best loss is worse than the median of those before.
+
+    The median is of their losses in that round. The last round's stops nobody.
+    """
     losses: list[float] = []
 
     def record(line: dict[str, Any], _x: ArrayRecord) -> None:
         if line["round"] and line["test_loss"] is not None and math.isfinite(line["test_loss"]):
             losses.append(line["test_loss"])
             trial.report(line["test_loss"], line["round"])
-            if trial.should_prune():
+            if line["round"] < run.rounds and trial.should_prune():
                 raise optuna.TrialPruned
 
     try:
@@ -241,17 +263,21 @@ def _score(arm: Arm, workers: Workers, datasets: Datasets, trial: Trial) -> floa
         train_missing([run], datasets, Progress(Console(quiet=True), 1))  # there is a bar already
         prepared = simulation(run, datasets).settled(workers, datasets)
         train(prepared, prepared.grid(workers, datasets), record)
+        return mean(losses[-_SCORED:])
     except DivergedError:
         raise optuna.TrialPruned from None
     except Exception as error:
         if not isinstance(error, optuna.TrialPruned):
             trial.set_user_attr(_FAILURE, located(error))
         raise
-    return mean(losses[-_SCORED:])
 
 
 def _finished(study: optuna.Study) -> list[FrozenTrial]:
-    return study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+    """Return the trials that ended by themselves: Ctrl-C, too, leaves one as failed."""
+    ended = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+    return [
+        trial for trial in ended if trial.state != TrialState.FAIL or _FAILURE in trial.user_attrs
+    ]
 
 
 def _told(trial: FrozenTrial) -> str:
@@ -277,7 +303,8 @@ def _rule(arm: Arm, trials: list[FrozenTrial]) -> dict[str, Any]:
         f"({len(trials) - len(complete) - len(failed)} stopped early{failures})"
     )
     for key, values in arm.values.items():
-        if len(values) > 1 and best.params[key] in (values[0], values[-1]):
+        ordered = len(values) > 1 and all(type(value) in (int, float) for value in values)
+        if ordered and best.params[key] in (values[0], values[-1]):
             note += f"; {key} {best.params[key]} is on the edge of {values}"
     return {"match": arm.match, "set": dict(best.params), "note": note}
 

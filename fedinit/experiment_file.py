@@ -302,7 +302,7 @@ def _spell_out(
                     raise RequestError(
                         f"grid: {key}: a rule changes what the grid varies ({label})"
                     )
-            run = _with_weights_beside(run, folder)
+            run = with_weights_beside(run, folder)
             # Grids may meet where --set has fixed what told them apart; a grid's own runs differ.
             if label in labels or runs.setdefault(label, run) != run:
                 raise RequestError(f"grid: two runs are both {label}")
@@ -316,7 +316,7 @@ def _label(arm: Mapping[str, Any]) -> str:
     return label if len(label) <= LONGEST else f"{label[:LONGEST]}-{crc32(label.encode()):08x}"
 
 
-def _with_weights_beside(run: Run, folder: Path) -> Run:
+def with_weights_beside(run: Run, folder: Path) -> Run:
     """Let a relative path to weights mean: beside the experiment file."""
     if not Path(run.initialization).suffix:
         return run

@@ -1,6 +1,7 @@
 """`fedinit tune` on a quadratic whose best rate is known, and what an experiment does with it."""
 
 import sqlite3
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,25 @@ def test_poor_trials_are_stopped_early(fedinit, experiment, ray_started, tmp_pat
     assert rates(tmp_path / "out")[0]["set"] == {"client.lr": 0.4}
 
 
+def test_no_trial_is_stopped_in_its_last_round(fedinit, experiment, ray_started, tmp_path):
+    """It has paid for its score by then."""
+    search = [{"match": {}, "set": {"client.lr": [0.01, 0.02, 0.05, 0.1, 0.2, 0.4]}}]
+    file = experiment(QUADRATIC | {"tune": {"search": search}})
+    assert fedinit("tune", file, "--out", tmp_path / "out").exit_code == 0
+    assert [state for _, state, _ in trials(tmp_path / "out")] == ["COMPLETE"] * 6
+
+
+def test_weights_under_search_lie_beside_the_file(fedinit, experiment, ray_started, tmp_path):
+    """These are the clients' optimum."""
+    save_file({"x": torch.ones(2, dtype=torch.float64)}, tmp_path / "start.safetensors")
+    search = [{"match": {}, "set": {"initialization": ["random", "start.safetensors"]}}]
+    settings = QUADRATIC | {"client": {"lr": 0.5, "batch_size": 10}, "tune": {"search": search}}
+    assert fedinit("tune", experiment(settings), "--out", tmp_path / "out").exit_code == 0
+    [rule] = rates(tmp_path / "out")
+    assert rule["set"] == {"initialization": "start.safetensors"}
+    assert rule["note"] == "validation loss 0, best of 2 of 2 combinations (0 stopped early)"
+
+
 def test_a_search_whose_every_trial_diverges_keeps_the_files_rates(
     fedinit, experiment, ray_started, tmp_path
 ):
@@ -175,9 +195,44 @@ def test_a_search_goes_on_where_it_was_interrupted(fedinit, experiment, ray_star
     assert rates(out) == rates(tmp_path / "other")
 
 
+@pytest.mark.parametrize("broken_off", [1, 2, 3])
+def test_a_trial_that_is_broken_off_is_tried_again(
+    broken_off, fedinit, experiment, ray_started, tmp_path, monkeypatch
+):
+    """Ctrl-C when it has trained and has no score yet."""
+    numbers, real = count(1), tuning.train
+
+    def interrupted(*arguments):
+        trained = real(*arguments)
+        if next(numbers) == broken_off:
+            raise KeyboardInterrupt
+        return trained
+
+    file, out = experiment(QUADRATIC), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(tuning, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tuning.tune(load_experiment(file), out, Progress(Console(quiet=True), 1))
+    assert fedinit("tune", file, "--out", out, "--resume").exit_code == 0
+    [rule] = rates(out)
+    assert rule["set"] == {"client.lr": 1.0}
+    assert rule["note"] == "validation loss 0, best of 3 of 3 combinations (0 stopped early)"
+
+
+def test_the_most_workers_that_an_arm_asks_for_are_started(
+    fedinit, experiment, ray_started, tmp_path
+):
+    file = experiment(QUADRATIC | {"grid": {"workers": [1, 999]}})
+    result = fedinit("tune", file, "--out", tmp_path / "out")
+    assert (result.exit_code, "999 workers, but" in result.stderr) == (2, True)
+
+
 def test_another_request_does_not_resume(fedinit, experiment, ray_started, tmp_path):
+    """Another number of workers is the same one."""
     out = tmp_path / "out"
     assert fedinit("tune", experiment(QUADRATIC), "--out", out).exit_code == 0
+    more = ("--resume", "--set", "workers=auto")
+    assert fedinit("tune", experiment(QUADRATIC), "--out", out, *more).exit_code == 0
     file = experiment(QUADRATIC | {"rounds": 2})
     result = fedinit("tune", file, "--out", out, "--resume")
     assert result.exit_code == 2
@@ -197,6 +252,14 @@ def test_another_request_does_not_resume(fedinit, experiment, ray_started, tmp_p
         (
             {"tune": {"search": [{"match": {}, "set": {"client.lr": 0.1}}]}},
             ["tune.search", "client.lr", "list of values"],
+        ),
+        (
+            {"tune": {"search": [{"match": {}, "set": {"validation": [0.2, 0.0]}}]}},
+            ["validation", "fedinit tune"],
+        ),
+        (
+            {"tune": {"search": [{"match": {}, "set": {"rounds": [1, 0]}}]}},
+            ["rounds", "fedinit tune"],
         ),
         (
             {"tune": {"search": [{"match": {}, "set": {"client.rate": [0.1]}}]}},
