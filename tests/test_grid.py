@@ -11,6 +11,7 @@ import torch
 from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_res_message
 
 from fedinit.parameters import Array, Layout, size_in_bytes
 from fedinit.simulation import ClientError, RayGrid, Workers
@@ -78,6 +79,31 @@ def test_a_node_gets_one_message_at_a_time(workers):
     for each in (grid, ObservedGrid(grid, layout())):
         with pytest.raises(ValueError, match="distinct nodes"):
             each.send_and_receive(train_messages([0, 1, 1]))
+
+
+class Leaving(RayGrid):
+    """A grid whose node 1 has left: Flower's SuperLink itself answers, in its own words."""
+
+    def send_and_receive(self, messages, *, timeout=None):
+        messages = list(messages)
+        replies = list(super().send_and_receive(messages, timeout=timeout))
+        left = next(each.metadata for each in messages if each.metadata.dst_node_id == 1)
+        told = create_message_error_unavailable_res_message(left, "node_unavail")
+        return [told, *(each for each in replies if each.metadata.src_node_id != 1)]
+
+
+def test_a_node_that_has_left_is_a_client_that_failed(workers):
+    """Clients 0 and 3 add their number with weights 1 and 4: the mean update is -12/5."""
+    leaving = Leaving(workers, counting_app, num_clients=5)
+    grid = ObservedGrid(leaving, layout(), Failures(skip=True))
+    replies = list(grid.send_and_receive(train_messages([3, 1, 0])))
+    assert [reply.has_error() for reply in replies] == [True, False, False]
+    assert [text.partition(":")[0] for text in grid.failures.take()] == ["client 1 failed to train"]
+    sums = grid.take_sums()
+    assert sums.clients == 2
+    assert sums.mean_update().tolist() == pytest.approx([-12 / 5] * 3)
+    with pytest.raises(ClientError, match="client 1 failed to train"):
+        ObservedGrid(leaving, layout()).send_and_receive(train_messages([0, 1]))
 
 
 def test_states_persist_where_workers_reduce_and_may_be_emptied(workers):

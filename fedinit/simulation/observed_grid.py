@@ -69,13 +69,16 @@ class ObservedGrid(Grid):
             ClientError: a client raised, and is not to be skipped.
             ValueError: two messages go to one node.
         """
-        messages = list(messages)
-        sent = {each.metadata.dst_node_id: each for each in messages}
-        if len(sent) < len(messages):
+        messages = sorted(messages, key=lambda each: each.metadata.dst_node_id)
+        if len({each.metadata.dst_node_id for each in messages}) < len(messages):
             raise ValueError("messages must go to distinct nodes")
-        replies = list(self._grid.send_and_receive(sent.values(), timeout=timeout))
-        for reply in sorted(replies, key=lambda each: each.metadata.src_node_id):
-            message = sent[reply.metadata.src_node_id]
+        replies = list(self._grid.send_and_receive(messages, timeout=timeout))
+        # By what is answered: of a node that has left it is the SuperLink that says so.
+        answers = {each.metadata.reply_to_message_id: each for each in replies}
+        for message in messages:
+            reply = answers.get(message.metadata.message_id)
+            if reply is None:
+                continue
             if reply.has_error():
                 self.failures.reply(message, reply.error.reason or "no reason given")
                 continue
