@@ -6,12 +6,13 @@ from functools import partial
 from pathlib import Path
 
 from experiments.progress import Progress
-from experiments.wiring import Datasets, check_together, problem_of, simulation, try_out
+from experiments.wiring import Datasets, simulation, try_out, uninitialized
+from fedinit import initialization
 from fedinit.config import Run
 from fedinit.errors import RequestError
 from fedinit.locking import locked
-from fedinit.pretraining import pretrain, proxy_path, proxy_run
-from fedinit.problem import build_problem
+from fedinit.pretraining import pretrain, proxy_path, proxy_run, weights_of
+from fedinit.problem import build_problem, find_model, label_space
 
 
 def check(run: Run, datasets: Datasets) -> None:
@@ -23,11 +24,21 @@ def check(run: Run, datasets: Datasets) -> None:
     if run.initialization != "proxy" or proxy_path(run).exists():
         simulation(run, datasets)
         return
-    problem = problem_of(run, datasets)
-    try_out(run, problem)
-    check_together(run, problem)
+    problem, _ = uninitialized(run, datasets)
     like = proxy_run(run)
-    try_out(like, build_problem(like, datasets.load(like)))
+    proxy = build_problem(like, datasets.load(like))
+    try_out(like, proxy)
+    initialization.load(  # as the proxy's weights will be, once it is trained
+        problem.model,
+        weights_of(proxy),
+        where=f"proxy ({run.proxy.dataset})",
+        meaning=label_space(like, proxy.dataset),
+        head=find_model(run.model).head,
+        source="proxy",
+        labels=label_space(run, problem.dataset),
+        fresh_normalization=run.normalization == "fresh",
+        about={},
+    )
 
 
 def train_missing(runs: Iterable[Run], datasets: Datasets, progress: Progress) -> list[Path]:

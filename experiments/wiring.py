@@ -177,8 +177,18 @@ def simulation(run: Run, datasets: Datasets) -> Simulation:
         RequestError: a name is unknown, data or weights are missing, corrupt or do not fit, or
             the sizes are impossible.
     """
-    problem = problem_of(run, datasets)
+    problem, strategy = uninitialized(run, datasets)
     record = initialize(run, problem)
+    return Simulation(run, problem, problem.layout.record_of(problem.model), record, strategy)
+
+
+def uninitialized(run: Run, datasets: Datasets) -> tuple[Problem, Strategy]:
+    """Build and check all of a run but its initialization: the weights are random.
+
+    Raises:
+        RequestError: as `simulation` does.
+    """
+    problem = problem_of(run, datasets)
     try_out(run, problem)
     check_together(run, problem)
     strategy = make_strategy(run, problem)
@@ -189,7 +199,7 @@ def simulation(run: Run, datasets: Datasets) -> Simulation:
         )
     if run.client.optimizer in NEED_FEDOPT and not isinstance(strategy, FedOpt):
         raise RequestError(f"client.optimizer: {run.client.optimizer} needs strategy fedopt")
-    return Simulation(run, problem, problem.layout.record_of(problem.model), record, strategy)
+    return problem, strategy
 
 
 def problem_of(run: Run, datasets: Datasets) -> Problem:

@@ -156,7 +156,8 @@ def _lines(
     lines = []
     for rows in groups.values():
         values: dict[int, list[float]] = {}
-        # A mean is of the same runs in every round: of those broken off only while none is done.
+        # A mean is of the same runs in every round, but for numbers that are not finite: of those
+        # broken off only while none is done.
         ended = [row for row in rows if row["status"] == DONE]
         for row in ended or rows:
             for line in histories[row["run"]]:

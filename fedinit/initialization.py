@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from fedinit.parameters import Layout, in_head
 METADATA = "fedinit"  # the key in a .safetensors file
 # What a model of ours has no place for: BatchNorm's running statistics where it has GroupNorm, and
 # the masks that published GPT-2 weights carry.
-_NO_PLACE = ("running_mean", "running_var", "num_batches_tracked", "attn.bias", "attn.masked_bias")
+_NO_PLACE = ("running_mean", "running_var", "num_batches_tracked")
+_MASKS = ("attn.bias", "attn.masked_bias")
 _NORMALIZATIONS = (nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
 
 
@@ -65,20 +67,12 @@ def from_file(
     fresh_normalization: bool = False,
     trained_on: str | None = None,
 ) -> Initialization:
-    """Read weights into a model, in place.
-
-    The head is loaded if all of it fits and else stays fresh; everything else must fit.
+    """Read a file's weights into a model, in place.
 
     Args:
         model: the freshly built model.
         path: a .safetensors file, or one of torchvision's checkpoints.
-        head: prefix of the head's names, or None.
-        source: what to call these weights.
-        labels: what the model's labels mean. A file that says that its own mean something else has
-            a head that does not fit, whatever its shape.
-        fresh_normalization: leave the scales and shifts of normalisation layers as they are, one
-            and zero when the model is new: those of another kind of normalisation, BatchNorm's for
-            GroupNorm, were trained with other statistics.
+        head, source, labels, fresh_normalization: see `load`.
         trained_on: what the labels of a file mean that does not say it; None: the model's.
 
     Raises:
@@ -86,13 +80,50 @@ def from_file(
     """
     weights = read_weights(path)
     about = metadata(path)
+    meaning = about.get("labels", trained_on or labels)
+    return load(
+        model, weights, str(path), meaning, head, source, labels, fresh_normalization, about
+    )
+
+
+def load(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    where: str,
+    meaning: str | None,
+    head: str | None,
+    source: str,
+    labels: str | None,
+    fresh_normalization: bool,
+    about: dict[str, Any],
+) -> Initialization:
+    """Put weights into a model, in place.
+
+    The head is loaded if all of it fits and else stays fresh; everything else must fit.
+
+    Args:
+        model: the freshly built model.
+        weights: arrays by name.
+        where: whoever they are of, for errors.
+        meaning: what their labels mean. A head of others than the model's does not fit, whatever
+            its shape.
+        head: prefix of the head's names, or None.
+        source: what to call these weights.
+        labels: what the model's labels mean; None: it does not matter.
+        fresh_normalization: leave the scales and shifts of normalisation layers as they are, one
+            and zero when the model is new: those of another kind of normalisation, BatchNorm's for
+            GroupNorm, were trained with other statistics.
+        about: what is told of the weights.
+
+    Raises:
+        RequestError: names or shapes do not fit the model.
+    """
     state = model.state_dict()
     own = {name: state[name] for name in Layout.of(model).shapes}  # tied ones once, as we write
 
     def fits(name: str) -> bool:
         return name in weights and weights[name].shape == own[name].shape
 
-    meaning = about.get("labels", trained_on or labels)
     same_labels = labels is None or meaning == labels
     head_fits = all(fits(name) for name in own if in_head(name, head))
     if head and head_fits and not same_labels:
@@ -111,14 +142,16 @@ def from_file(
                 told += f"; the file has {', '.join(list(weights)[:3]) or 'nothing'} ..."
             elif head is None:
                 told += "; an attribute `head` of the model's function names what may stay fresh"
-            raise RequestError(f"initialization: {path}: {told}")
+            raise RequestError(f"initialization: {where}: {told}")
         if name in record.loaded and not torch.isfinite(weights[name]).all():
-            raise RequestError(f"initialization: {path}: '{name}' is not finite")
+            raise RequestError(f"initialization: {where}: '{name}' is not finite")
     tied = state.keys() - own.keys()
     record.unused = [name for name in weights if name not in record.loaded and name not in tied]
     for name in record.unused:
-        if not in_head(name, head) and name not in normalization and not name.endswith(_NO_PLACE):
-            raise RequestError(f"initialization: {path}: the model has no '{name}'")
+        # A vector of that name is no mask, but a layer's bias.
+        no_place = name.endswith(_NO_PLACE) or (name.endswith(_MASKS) and weights[name].ndim != 1)
+        if not in_head(name, head) and name not in normalization and not no_place:
+            raise RequestError(f"initialization: {where}: the model has no '{name}'")
     with torch.no_grad():
         for name in record.loaded:
             own[name].copy_(weights[name])
@@ -174,6 +207,9 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise RequestError(f"initialization: {path}: no such file") from None
+    except UnpicklingError:  # torch would say how to read it all the same
+        told = "it holds more than tensors, or is none of torch's; save them as .safetensors"
+        raise RequestError(f"initialization: {path}: not readable weights: {told}") from None
     except Exception as error:  # whatever the readers raise on a damaged file
         reason = one_line(str(error).split("\n", 1)[0] or type(error).__name__)
         raise RequestError(f"initialization: {path}: not readable weights: {reason}") from None

@@ -9,27 +9,26 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from fedinit.config import Proxy, Run
 from fedinit.data import FederatedDataset
 from fedinit.device import device
-from fedinit.errors import RequestError, WriteError
+from fedinit.errors import RequestError, WriteError, located
 from fedinit.initialization import METADATA
 from fedinit.measurements.evaluation import evaluate, per_example
-from fedinit.parameters import Layout
 from fedinit.problem import Problem, build_problem, label_space
 from fedinit.randomness import Draw, draws_undone, keyed, seed_all, torch_seed
 from fedinit.registry import source_of
 from fedinit.results import to_json, write_atomically, writing
 
 Report = Callable[[int, int, float], None]
-_PATHS = {"data_dir", "tokenizer", "vocabulary"}  # arguments that may be one
 
 
 def proxy_run(run: Run) -> Run:
@@ -64,17 +63,33 @@ def proxy_path(run: Run) -> Path:
 def _decides(run: Run) -> dict[str, Any]:
     """Return everything that the proxy's weights depend on, but for the machine.
 
-    Of one's own modules that are the files themselves, but not what they import.
+    Of one's own modules that are the files themselves, but not what they import; of an argument
+    that is a path, where it leads and what a file has in it, but not what a folder has.
     """
     settings = run.model_dump(mode="json")
     decides = {key: settings[key] for key in ("model", "model_args", "loss", "loss_args", "proxy")}
-    arguments = decides["proxy"]["dataset_args"]
-    for name in _PATHS & arguments.keys():
-        if isinstance(arguments[name], str) and os.path.exists(arguments[name]):
-            arguments[name] = os.path.abspath(arguments[name])  # another folder has another
+    files = {}
+    for arguments in (
+        decides["model_args"],
+        decides["loss_args"],
+        decides["proxy"]["dataset_args"],
+    ):
+        for name, value in arguments.items():
+            if isinstance(value, str) and os.path.exists(value):
+                path = arguments[name] = os.path.abspath(value)  # another folder has another
+                if os.path.isfile(path):
+                    files[path] = _digest(path, os.stat(path).st_mtime_ns)
     named = {"model": run.model, "loss": run.loss, "dataset": run.proxy.dataset or ""}
     sources = {kind: found for kind, name in named.items() if (found := source_of(kind, name))}
-    return decides | ({"sources": sources} if sources else {})
+    return decides | {
+        key: found for key, found in (("sources", sources), ("files", files)) if found
+    }
+
+
+@cache
+def _digest(path: str, _modified: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def pretrain(run: Run, dataset: FederatedDataset, report: Report) -> Path:
@@ -89,12 +104,17 @@ def pretrain(run: Run, dataset: FederatedDataset, report: Report) -> Path:
         The path, a .safetensors file.
 
     Raises:
-        RequestError: the model or loss does not suit the data, a loss is not finite, or the file
-            cannot be written.
+        RequestError: the model or loss does not suit the data or raises, a loss or a weight is not
+            finite, or the file cannot be written.
     """
     like, path, decides = proxy_run(run), proxy_path(run), _decides(run)
     problem = build_problem(like, dataset).on(device())
-    epochs = list(_epochs(run.proxy, problem, report))
+    try:
+        epochs = list(_epochs(run.proxy, problem, report))
+    except RequestError:
+        raise
+    except Exception as error:  # whatever a user's model or loss raises
+        raise RequestError(f"proxy: training '{run.model}' failed: {located(error)}") from None
     record = {
         **decides,
         "labels": label_space(like, dataset),
@@ -103,8 +123,9 @@ def pretrain(run: Run, dataset: FederatedDataset, report: Report) -> Path:
         "epochs": epochs,
         "torch": torch.__version__,
     }
-    state = problem.model.state_dict()
-    weights = {name: state[name].contiguous() for name in Layout.of(problem.model).shapes}
+    weights = {name: each.contiguous() for name, each in weights_of(problem).items()}
+    if not all(each.isfinite().all() for each in weights.values()):
+        raise RequestError(f"proxy.lr: {run.proxy.lr}: the weights are not finite")
     try:
         with writing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +133,12 @@ def pretrain(run: Run, dataset: FederatedDataset, report: Report) -> Path:
     except WriteError as error:
         raise RequestError(f"proxy: cannot write {error}") from None
     return path
+
+
+def weights_of(problem: Problem) -> dict[str, Tensor]:
+    """Return a model's arrays by name, tied ones once, as a proxy's file has them."""
+    state = problem.model.state_dict()
+    return {name: state[name] for name in problem.layout.shapes}
 
 
 def _epochs(proxy: Proxy, problem: Problem, report: Report) -> Iterator[dict[str, float]]:

@@ -161,6 +161,8 @@ def test_grey_and_small_images_become_imagenet_input():
     network.features[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     network.eval()(torch.full((1, 1, 28, 28), 0.5))
     assert seen[0].shape == (1, 3, 32, 32)
+    network(torch.full((1, 1, 28, 200), 0.5))
+    assert seen[1].shape == (1, 3, 32, 200)
     expected = [
         (0.5 - mean) / std for mean, std in ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))
     ]
@@ -224,6 +226,10 @@ def test_tied_weights_are_read_as_they_are_written(tmp_path, names):
         ({"0.weight": torch.full((3, 2), torch.nan)}, ["'0.weight' is not finite"]),
         ({"module.0.weight": torch.ones(3, 2)}, ["'0.weight' is missing", "module.0.weight ..."]),
         ({"0.weight": torch.ones(4, 2)}, ["(4, 2)", "an attribute `head`"]),
+        (
+            {"0.weight": torch.ones(3, 2), "attn.bias": torch.ones(3)},  # a layer's, and no mask
+            ["the model has no 'attn.bias'"],
+        ),
     ],
 )
 def test_weights_that_do_not_fit_say_what_would(weights, texts, tmp_path):

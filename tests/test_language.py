@@ -89,6 +89,9 @@ def test_a_vocabulary_of_ones_own_and_its_name(tmp_path):
     own = of({"a": ["dog dog"], "b": ["dog"]})(vocabulary=2)
     assert one.labels == other.labels != own.labels
     assert other.targets.tolist()[0][:2] in ([0, 0], [0, 2])
+    (tmp_path / "lines.txt").write_text("The\nice cream\n\n Cat \n")
+    lines = of({"a": ["the cat"], "b": ["cat"]})(vocabulary=str(tmp_path / "lines.txt"))
+    assert lines.num_classes == one.num_classes + 1  # one more line
     with pytest.raises(RequestError, match=r"vocabulary: /none: "):
         of({"a": ["x"], "b": ["y"]})(vocabulary="/none")
 

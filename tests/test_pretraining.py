@@ -1,6 +1,7 @@
 """Proxy weights: what they are, where they lie, and what a run takes from them."""
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -124,7 +125,16 @@ def test_a_weights_file_of_a_proxy_can_be_named(fedinit, experiment, finals, cac
         ({"proxy": {"dataset": "fashion-mnist"}}, ["does not fit", "(1, 28, 28)", "fashion-mnist"]),
         ({"proxy": {**CLASSIFIER["proxy"], "lr": 1e30}}, ["proxy.lr", "not finite"]),
         ({"proxy": {**CLASSIFIER["proxy"], "rate": 1}}, ["proxy.rate", "valid"]),
+        ({"proxy": {**CLASSIFIER["proxy"], "lr": 1e39}}, ["proxy: training", "overflow"]),
         ({"cohort": 99}, ["cohort: 99"]),
+        (
+            {"client": {"optimizer": "nova"}, "strategy": "flwr.serverapp.strategy:FedAvg"},
+            ["nova needs strategy fedopt"],
+        ),
+        (
+            {"model": "plugged_in:small_classifier", "dataset_args": {"classes": 4}},
+            ["proxy (plugged_in:gaussians)", "has shape", "the model's is"],
+        ),
     ],
 )
 def test_a_wrong_proxy_ends_in_one_line(change, texts, fedinit, experiment, tmp_path, cache):
@@ -138,6 +148,31 @@ def test_a_wrong_proxy_ends_in_one_line(change, texts, fedinit, experiment, tmp_
             assert text in lines[0]
     assert not (tmp_path / "out").exists()
     assert not cache.exists()
+
+
+def test_weights_that_are_not_finite_are_not_kept(fedinit, experiment, cache):
+    """The one step's loss is 9, and its gradient -6: x ends at 6e308."""
+    proxy = {**POINT["proxy"], "lr": 1e308, "epochs": 1}
+    result = fedinit("pretrain", experiment(POINT | {"proxy": proxy}))
+    assert (result.exit_code, "proxy.lr" in result.stderr) == (2, True)
+    assert "the weights are not finite" in result.stderr
+    assert not cache.exists()
+
+
+def test_another_file_of_the_same_name_is_another_proxy(tmp_path, monkeypatch):
+    """In another folder, and where the file has changed; as it was, it is the same one."""
+
+    def path_in(folder: str, content: bytes, modified: int) -> Path:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        Path("data.pt").write_bytes(content)
+        os.utime("data.pt", (modified, modified))
+        proxy = {"dataset": "fashion-mnist", "dataset_args": {"path": "data.pt"}}
+        return proxy_path(Run(dataset="fashion-mnist", model="cnn", proxy=proxy))
+
+    first = path_in("a", b"0", 1)
+    assert len({first, path_in("b", b"0", 1), path_in("a", b"1", 2)}) == 3
+    assert path_in("a", b"0", 3) == first
 
 
 def test_no_proxy_to_train_is_said(fedinit, experiment):

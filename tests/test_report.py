@@ -158,7 +158,9 @@ def test_what_a_user_wrote_is_escaped(tmp_path: Path) -> None:
     page = write_report(folder).read_text(encoding="utf-8")
     assert "<script" not in page
     assert html.escape(ATTACK) in page
-    for figure in (folder / "figures").glob("*.svg"):
+    figures = list((folder / "figures").glob("*.svg"))
+    assert figures
+    for figure in figures:
         root = ElementTree.fromstring(figure.read_text(encoding="utf-8"))  # noqa: S314
         assert not [element for element in root.iter() if element.tag.endswith("script")]
         assert "onload" not in root.attrib

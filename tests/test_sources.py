@@ -241,7 +241,11 @@ def test_a_damaged_parquet_is_one_line_that_names_it(tmp_path, colour, damage):
         ({"user_data": {"a": {"x": [[0.0] * 784], "y": [1, 2]}}}, "has 1 x and 2 y"),
         ({"user_data": {"a": {"x": [[0.0] * 7], "y": [1]}}}, "reshape"),
         ({"user_data": {"a": {"x": [[255.0] * 784], "y": [1]}}}, "a pixel outside [0, 1]"),
+        ({"user_data": {"a": {"x": [[0.0] * 784], "y": [3.7]}}}, "a label that is no whole number"),
         ({"user_data": 3}, "expected LEAF's keys"),
+        ({"users": []}, "users: expected names"),
+        ({"users": [["a"]]}, "users: expected names"),
+        ({"users": ["a", "a"]}, "users: one is listed twice"),
     ],
 )
 def test_a_damaged_leaf_file_is_one_line_that_names_it(tmp_path, change, expected):

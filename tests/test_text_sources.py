@@ -140,6 +140,8 @@ def test_posts_of_a_stack_exchange_dump(tmp_path):
 def test_html_becomes_its_text():
     assert html_text("<p>a<em>b</em> c</p><ul><li>d</li><li>e</li></ul>") == "ab c d e"
     assert html_text("x</code>y <code>z <pre>w</pre> v</code>u") == "xy u"
+    assert html_text("<h2>one</h2>two<hr>three") == "one two three"
+    assert html_text("<td>a</td><td>b</td>x<pre><code>y</code></pre>z") == "a b x z"
 
 
 def write_comments(path: Path, comments: list[tuple[str | None, str | None]]) -> None:
@@ -202,6 +204,21 @@ def no_rows(folder: Path) -> None:
     database.close()
 
 
+def no_test_text(folder: Path) -> None:
+    with sqlite3.connect(write_tff(folder)) as database:
+        database.execute(
+            "UPDATE examples SET serialized_example_proto = ? WHERE split_name = 'test'",
+            (example(" "),),
+        )
+    database.close()
+
+
+def no_number(folder: Path) -> None:
+    with sqlite3.connect(write_tff(folder)) as database:
+        database.execute("UPDATE client_metadata SET num_examples = NULL")
+    database.close()
+
+
 def no_split(folder: Path) -> None:
     with sqlite3.connect(write_tff(folder)) as database:
         database.execute("DELETE FROM client_metadata WHERE split_name = 'test'")
@@ -234,6 +251,8 @@ def truncated(folder: Path) -> None:
         (stackoverflow, no_example, ["split 'train', client 1 in order, example 1", "protocol"]),
         (stackoverflow, no_rows, ["split 'train', client 1", "no examples"]),
         (stackoverflow, no_split, ["no clients of split 'test'"]),
+        (stackoverflow, no_test_text, ["stackoverflow.sqlite", "split 'test' has no text"]),
+        (stackoverflow, no_number, ["stackoverflow.sqlite", "num_examples", "whole number"]),
         (stackoverflow, paper({"b": {"tokens": ["x"]}, AUTHOR: {}}), ["train.json: user 2"]),
         (stackoverflow, paper({AUTHOR: {"tokens": [" "]}}), ["user 1", "no sentences"]),
         (stackoverflow, paper([1]), ["expected a JSON object"]),

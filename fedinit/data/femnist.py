@@ -69,6 +69,8 @@ def _read_leaf(paths: list[Path]) -> tuple[Tensor, Tensor, np.ndarray]:
     for user, inputs, targets in leaf.users(paths):
         try:
             pixels = np.asarray(inputs, dtype=np.float64).reshape(-1, 1, SIDE, SIDE)
+            if not all(type(label) is int for label in targets):
+                raise ValueError("a label that is no whole number")
             labels.append(np.asarray(targets, dtype=np.int64).reshape(len(pixels)))
             if not ((pixels >= 0) & (pixels <= 1)).all():
                 raise ValueError("a pixel outside [0, 1]")

@@ -11,6 +11,24 @@ from fedinit.data.text import Texts
 from fedinit.errors import RequestError, one_line
 
 _CODE = ("code", "pre")
+_IN_A_WORD = (  # other tags part words
+    *(
+        "a",
+        "b",
+        "code",
+        "del",
+        "em",
+        "i",
+        "kbd",
+        "s",
+        "span",
+        "strike",
+        "strong",
+        "sub",
+        "sup",
+        "u",
+    ),
+)
 
 
 def read_posts(path: Path) -> Texts:
@@ -55,10 +73,11 @@ class _Text(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self._code += tag in _CODE
-        self.parts.append(" " if tag in ("p", "br", "li", "div", "blockquote") else "")
+        self.parts.append("" if tag in _IN_A_WORD else " ")
 
     def handle_endtag(self, tag: str) -> None:
         self._code -= tag in _CODE and self._code > 0
+        self.parts.append("" if tag in _IN_A_WORD else " ")
 
     def handle_data(self, data: str) -> None:
         if not self._code:

@@ -293,12 +293,13 @@ def _vocabulary(texts: Sequence[str], vocabulary: int | str) -> list[str]:
     """Return the words to tell apart, but for the special ones."""
     if isinstance(vocabulary, str):
         try:
-            found = Path(vocabulary).read_text(encoding="utf-8").split()
+            lines = Path(vocabulary).read_text(encoding="utf-8").lower().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError(
                 f"dataset_args.vocabulary: {vocabulary}: {one_line(error)}"
             ) from None
-        return [word for word in dict.fromkeys(found) if word not in SPECIAL]
+        found = dict.fromkeys(line.strip() for line in lines)
+        return [word for word in found if word and word not in SPECIAL]
     check_counts({"vocabulary": vocabulary})
     counts = Counter(chain.from_iterable(map(split_words, texts)))
     order = sorted(counts, key=lambda word: (-counts[word], word))  # equally frequent: by alphabet

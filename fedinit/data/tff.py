@@ -2,6 +2,7 @@
 
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import quote
 
@@ -22,7 +23,8 @@ def read_tff(path: Path, choice: Choice) -> tuple[Texts, Texts]:
         RequestError: the file is no such database, or an example of a client has no text.
     """
     try:
-        with sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro", uri=True) as database:
+        address = f"file:{quote(str(path.resolve()))}?mode=ro"
+        with closing(sqlite3.connect(address, uri=True)) as database:
             return _split(database, path, "train", choice), _split(database, path, "test", choice)
     except sqlite3.Error as error:
         raise RequestError(f"{path}: {one_line(error)}") from None
@@ -33,6 +35,8 @@ def _split(database: sqlite3.Connection, path: Path, split: str, choice: Choice)
     found = database.execute(counts, (split,)).fetchall()
     if not found:
         raise RequestError(f"{path}: the table client_metadata has no clients of split '{split}'")
+    if not all(isinstance(number, int) for _, number in found):
+        raise RequestError(f"{path}: client_metadata has a num_examples that is no whole number")
     owners, texts = [], []
     for place in choice.clients(np.array([count for _, count in found])):
         client = found[place][0]
@@ -54,6 +58,8 @@ def _split(database: sqlite3.Connection, path: Path, split: str, choice: Choice)
         own = [text for text in own if text.strip()]
         texts += own
         owners += [hashed(client)] * len(own)
+    if not texts:
+        raise RequestError(f"{path}: split '{split}' has no text")
     return Texts(np.array(owners), texts)
 
 

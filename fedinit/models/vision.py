@@ -18,11 +18,12 @@ SMALLEST = 32  # below this SqueezeNet's pooling has nothing left to pool
 def imagenet_input(_network: nn.Module, inputs: tuple[Tensor]) -> Tensor:
     """Map images (n, 1 or 3, h, w) in [0, 1] to what an ImageNet model reads.
 
-    That is RGB, at least 32 wide, normalised; a grey image becomes three equal channels.
+    That is RGB, at least 32 wide and high, normalised; a grey image becomes three equal channels.
     """
     (images,) = inputs
     if min(images.shape[-2:]) < SMALLEST:
-        images = functional.interpolate(images, SMALLEST, mode="bilinear")
+        size = [max(side, SMALLEST) for side in images.shape[-2:]]
+        images = functional.interpolate(images, size, mode="bilinear")
     mean, std = _imagenet_statistics(images.dtype, images.device)
     return (images - mean) / std
 
