@@ -57,7 +57,7 @@ def superlink(tmp_path_factory):
 def test_flowers_runtime_gives_the_same_weights(strategy, superlink, finals, tmp_path):
     """FedAvg, three rounds, every client, a real CNN on real images: `flwr run .` and RayGrid."""
     # A small rate: Flower sums float32 replies as they arrive, and training amplifies what differs.
-    client = "client={lr: 0.01, batch_size: 64}"
+    client = "client={lr: 0.003, batch_size: 64}"
     settings = f"strategy={strategy}; partition.clients=8; cohort=8; {client}"
     settings += "; memory_format=contiguous"  # as it is under Flower's runtime
     flower = tmp_path / "flower"

@@ -69,13 +69,13 @@ class ObservedGrid(Grid):
             ClientError: a client raised, and is not to be skipped.
             ValueError: two messages go to one node.
         """
-        messages = sorted(messages, key=lambda each: each.metadata.dst_node_id)
+        messages = list(messages)
         if len({each.metadata.dst_node_id for each in messages}) < len(messages):
             raise ValueError("messages must go to distinct nodes")
         replies = list(self._grid.send_and_receive(messages, timeout=timeout))
         # By what is answered: of a node that has left it is the SuperLink that says so.
         answers = {each.metadata.reply_to_message_id: each for each in replies}
-        for message in messages:
+        for message in sorted(messages, key=lambda each: each.metadata.dst_node_id):
             reply = answers.get(message.metadata.message_id)
             if reply is None:
                 continue
