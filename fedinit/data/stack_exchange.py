@@ -11,24 +11,8 @@ from fedinit.data.text import Texts
 from fedinit.errors import RequestError, one_line
 
 _CODE = ("code", "pre")
-_IN_A_WORD = (  # other tags part words
-    *(
-        "a",
-        "b",
-        "code",
-        "del",
-        "em",
-        "i",
-        "kbd",
-        "s",
-        "span",
-        "strike",
-        "strong",
-        "sub",
-        "sup",
-        "u",
-    ),
-)
+_MARKS = ("b", "code", "del", "em", "i", "kbd", "s", "strike", "strong", "sub", "sup", "u")
+_IN_A_WORD = ("a", "span", *_MARKS)  # other tags part words
 
 
 def read_posts(path: Path) -> Texts:
