@@ -6,13 +6,13 @@ from functools import partial
 from pathlib import Path
 
 from experiments.progress import Progress
-from experiments.wiring import Datasets, simulation, try_out, uninitialized
-from fedinit import initialization
+from experiments.wiring import Datasets, simulation, try_out
 from fedinit.config import Run
 from fedinit.errors import RequestError
+from fedinit.initialization import Weights
 from fedinit.locking import locked
 from fedinit.pretraining import pretrain, proxy_path, proxy_run, weights_of
-from fedinit.problem import build_problem, find_model, label_space
+from fedinit.problem import build_problem, label_space
 
 
 def check(run: Run, datasets: Datasets) -> None:
@@ -21,24 +21,14 @@ def check(run: Run, datasets: Datasets) -> None:
     Raises:
         RequestError: as `simulation` does; or the proxy's data, model or loss are wrong.
     """
-    if run.initialization != "proxy" or proxy_path(run).exists():
-        simulation(run, datasets)
-        return
-    problem, _ = uninitialized(run, datasets)
-    like = proxy_run(run)
-    proxy = build_problem(like, datasets.load(like))
-    try_out(like, proxy)
-    initialization.load(  # as the proxy's weights will be, once it is trained
-        problem.model,
-        weights_of(proxy),
-        where=f"proxy ({run.proxy.dataset})",
-        meaning=label_space(like, proxy.dataset),
-        head=find_model(run.model).head,
-        source="proxy",
-        labels=label_space(run, problem.dataset),
-        fresh_normalization=run.normalization == "fresh",
-        about={},
-    )
+    weights = None
+    if run.initialization == "proxy" and not proxy_path(run).exists():
+        like = proxy_run(run)
+        proxy = build_problem(like, datasets.load(like))
+        try_out(like, proxy)
+        labels = label_space(like, proxy.dataset)
+        weights = Weights(weights_of(proxy), f"proxy ({run.proxy.dataset})", labels=labels)
+    simulation(run, datasets, weights)
 
 
 def train_missing(runs: Iterable[Run], datasets: Datasets, progress: Progress) -> list[Path]:

@@ -25,7 +25,7 @@ from fedinit.config import Run
 from fedinit.data import FederatedDataset, partitioned, with_validation
 from fedinit.device import device
 from fedinit.errors import RequestError, located, unknown
-from fedinit.initialization import Initialization
+from fedinit.initialization import Initialization, Weights
 from fedinit.measurements.evaluation import eval_mode, evaluate
 from fedinit.pretraining import proxy_path
 from fedinit.problem import (
@@ -170,23 +170,17 @@ def measured_work(run: Run) -> list[Any]:
     return [*model, run.client.batch_size, *(getattr(run, name) for name in SETTLED)]
 
 
-def simulation(run: Run, datasets: Datasets) -> Simulation:
+def simulation(run: Run, datasets: Datasets, weights: Weights | None = None) -> Simulation:
     """Build a run's parts, checking everything that can be wrong with the request.
+
+    Args:
+        run: the run.
+        datasets: where its data set is, or will be.
+        weights: to start from, instead of those that it names.
 
     Raises:
         RequestError: a name is unknown, data or weights are missing, corrupt or do not fit, or
             the sizes are impossible.
-    """
-    problem, strategy = uninitialized(run, datasets)
-    record = initialize(run, problem)
-    return Simulation(run, problem, problem.layout.record_of(problem.model), record, strategy)
-
-
-def uninitialized(run: Run, datasets: Datasets) -> tuple[Problem, Strategy]:
-    """Build and check all of a run but its initialization: the weights are random.
-
-    Raises:
-        RequestError: as `simulation` does.
     """
     problem = problem_of(run, datasets)
     try_out(run, problem)
@@ -199,7 +193,8 @@ def uninitialized(run: Run, datasets: Datasets) -> tuple[Problem, Strategy]:
         )
     if run.client.optimizer in NEED_FEDOPT and not isinstance(strategy, FedOpt):
         raise RequestError(f"client.optimizer: {run.client.optimizer} needs strategy fedopt")
-    return problem, strategy
+    record = initialize(run, problem, weights)
+    return Simulation(run, problem, problem.layout.record_of(problem.model), record, strategy)
 
 
 def problem_of(run: Run, datasets: Datasets) -> Problem:
@@ -231,44 +226,52 @@ def check_methods(run: Run) -> None:
         raise RequestError(f"stragglers.epochs: {list(run.stragglers.epochs)} is not [low, high]")
 
 
-def initialize(run: Run, problem: Problem) -> Initialization:
+def initialize(run: Run, problem: Problem, weights: Weights | None = None) -> Initialization:
     """Put a run's initial weights into its model, which holds those of the run's seed.
+
+    Args:
+        run: the run.
+        problem: its problem.
+        weights: to put there, instead of those that the run names.
 
     Raises:
         RequestError: the initialization is unknown, or its weights are missing or do not fit.
     """
-    spec = find_model(run.model)
-    trained_on = None
-    if run.initialization == "random":
+    weights = weights or _weights(run)
+    if weights is None:
         return initialization.random(problem.model)
+    return initialization.load(
+        problem.model,
+        weights,
+        head=find_model(run.model).head,
+        labels=label_space(run, problem.dataset),
+        fresh_normalization=run.normalization == "fresh",
+    )
+
+
+def _weights(run: Run) -> Weights | None:
+    """Read the weights that a run names; None: it starts from random ones."""
+    if run.initialization == "random":
+        return None
     if run.initialization == "pretrained":
+        spec = find_model(run.model)
         if spec.pretrained is None:
             raise RequestError(
                 f"initialization: '{run.model}' has no pretrained weights; valid: random, proxy, a "
                 "path to a .safetensors file"
             )
         path = spec.pretrained()
-        source, trained_on = f"pretrained ({path.name})", spec.labels
-    elif run.initialization == "proxy":
+        return Weights.of(path, f"pretrained ({path.name})", spec.labels)
+    if run.initialization == "proxy":
         path = proxy_path(run)
-        source = f"proxy ({run.proxy.dataset}, {path.name})"
         if not path.exists():
             raise RequestError("initialization: this proxy is not trained; fedinit pretrain FILE")
-    else:
-        path = Path(run.initialization)
-        source = str(path)
-        if not path.suffix:
-            choices = ["random", "pretrained", "proxy", "PATH.safetensors"]
-            raise unknown("initialization", run.initialization, choices)
-    return initialization.from_file(
-        problem.model,
-        path,
-        spec.head,
-        source,
-        label_space(run, problem.dataset),
-        run.normalization == "fresh",
-        trained_on,
-    )
+        return Weights.of(path, f"proxy ({run.proxy.dataset}, {path.name})")
+    path = Path(run.initialization)
+    if not path.suffix:
+        choices = ["random", "pretrained", "proxy", "PATH.safetensors"]
+        raise unknown("initialization", run.initialization, choices)
+    return Weights.of(path)
 
 
 def make_strategy(run: Run, problem: Problem) -> Strategy:

@@ -58,44 +58,46 @@ def random(model: nn.Module) -> Initialization:
     return Initialization("random", fresh=list(model.state_dict()))
 
 
-def from_file(
-    model: nn.Module,
-    path: Path,
-    head: str | None,
-    source: str,
-    labels: str | None = None,
-    fresh_normalization: bool = False,
-    trained_on: str | None = None,
-) -> Initialization:
-    """Read a file's weights into a model, in place.
+@dataclass(frozen=True)
+class Weights:
+    """Arrays to start from, and what is known of them.
 
-    Args:
-        model: the freshly built model.
-        path: a .safetensors file, or one of torchvision's checkpoints.
-        head, source, labels, fresh_normalization: see `load`.
-        trained_on: what the labels of a file mean that does not say it; None: the model's.
-
-    Raises:
-        RequestError: the file is missing or corrupt, or its names or shapes do not fit the model.
+    Attributes:
+        arrays: by name.
+        where: whose they are, for errors.
+        source: what to call them; empty: what `where` says.
+        labels: what the labels of their head mean; None: nobody says, so that any will do.
+        about: what is told of them.
     """
-    weights = read_weights(path)
-    about = metadata(path)
-    meaning = about.get("labels", trained_on or labels)
-    return load(
-        model, weights, str(path), meaning, head, source, labels, fresh_normalization, about
-    )
+
+    arrays: Mapping[str, Tensor]
+    where: str
+    source: str = ""
+    labels: str | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, path: Path, source: str = "", labels: str | None = None) -> "Weights":
+        """Read a file's.
+
+        Args:
+            path: a .safetensors file, or one of torchvision's checkpoints.
+            source: see above.
+            labels: likewise, where the file does not say it.
+
+        Raises:
+            RequestError: the file is missing, corrupt, or holds anything but tensors.
+        """
+        arrays, about = read_weights(path), metadata(path)
+        return cls(arrays, str(path), source, about.get("labels", labels), about)
 
 
 def load(
     model: nn.Module,
-    weights: Mapping[str, Tensor],
-    where: str,
-    meaning: str | None,
+    weights: Weights,
     head: str | None,
-    source: str,
-    labels: str | None,
-    fresh_normalization: bool,
-    about: dict[str, Any],
+    labels: str | None = None,
+    fresh_normalization: bool = False,
 ) -> Initialization:
     """Put weights into a model, in place.
 
@@ -103,58 +105,55 @@ def load(
 
     Args:
         model: the freshly built model.
-        weights: arrays by name.
-        where: whoever they are of, for errors.
-        meaning: what their labels mean. A head of others than the model's does not fit, whatever
-            its shape.
+        weights: to put there.
         head: prefix of the head's names, or None.
-        source: what to call these weights.
-        labels: what the model's labels mean; None: it does not matter.
+        labels: what the model's labels mean; None: it does not matter. A head of others does not
+            fit, whatever its shape.
         fresh_normalization: leave the scales and shifts of normalisation layers as they are, one
             and zero when the model is new: those of another kind of normalisation, BatchNorm's for
             GroupNorm, were trained with other statistics.
-        about: what is told of the weights.
 
     Raises:
         RequestError: names or shapes do not fit the model.
     """
+    arrays, where, source = weights.arrays, weights.where, weights.source or weights.where
     state = model.state_dict()
     own = {name: state[name] for name in Layout.of(model).shapes}  # tied ones once, as we write
 
     def fits(name: str) -> bool:
-        return name in weights and weights[name].shape == own[name].shape
+        return name in arrays and arrays[name].shape == own[name].shape
 
-    same_labels = labels is None or meaning == labels
+    same_labels = labels is None or weights.labels in (None, labels)
     head_fits = all(fits(name) for name in own if in_head(name, head))
     if head and head_fits and not same_labels:
-        head_fits, source = False, f"{source}, its labels {meaning} and not {labels}"
+        head_fits, source = False, f"{source}, its labels {weights.labels} and not {labels}"
     normalization = _normalization(model) if fresh_normalization else set()
-    record = Initialization(source, about=about)
+    record = Initialization(source, about=weights.about)
     for name, value in own.items():
         if name in normalization or (in_head(name, head) and not head_fits):
             record.fresh.append(name)
         elif fits(name):
             record.loaded.append(name)
         else:
-            there = f"has shape {tuple(weights[name].shape)}" if name in weights else "is missing"
+            there = f"has shape {tuple(arrays[name].shape)}" if name in arrays else "is missing"
             told = f"'{name}' {there}, the model's is {tuple(value.shape)}"
-            if name not in weights:
-                told += f"; the file has {', '.join(list(weights)[:3]) or 'nothing'} ..."
+            if name not in arrays:
+                told += f"; the file has {', '.join(list(arrays)[:3]) or 'nothing'} ..."
             elif head is None:
                 told += "; an attribute `head` of the model's function names what may stay fresh"
             raise RequestError(f"initialization: {where}: {told}")
-        if name in record.loaded and not torch.isfinite(weights[name]).all():
+        if name in record.loaded and not torch.isfinite(arrays[name]).all():
             raise RequestError(f"initialization: {where}: '{name}' is not finite")
     tied = state.keys() - own.keys()
-    record.unused = [name for name in weights if name not in record.loaded and name not in tied]
+    record.unused = [name for name in arrays if name not in record.loaded and name not in tied]
     for name in record.unused:
         # A vector of that name is no mask, but a layer's bias.
-        no_place = name.endswith(_NO_PLACE) or (name.endswith(_MASKS) and weights[name].ndim != 1)
+        no_place = name.endswith(_NO_PLACE) or (name.endswith(_MASKS) and arrays[name].ndim != 1)
         if not in_head(name, head) and name not in normalization and not no_place:
             raise RequestError(f"initialization: {where}: the model has no '{name}'")
     with torch.no_grad():
         for name in record.loaded:
-            own[name].copy_(weights[name])
+            own[name].copy_(arrays[name])
     return record
 
 

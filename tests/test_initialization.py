@@ -10,7 +10,7 @@ from experiments.wiring import Datasets, simulation
 from fedinit.assets import asset
 from fedinit.config import make_run
 from fedinit.errors import RequestError
-from fedinit.initialization import from_file
+from fedinit.initialization import Weights, load
 from fedinit.models import MODELS
 from fedinit.parameters import ArrayRecord, Layout
 
@@ -175,7 +175,7 @@ def test_a_head_fits_as_a_whole_or_not_at_all(tmp_path):
     own = {name: value.clone() for name, value in model.state_dict().items()}
     given = {name: value + 1 for name, value in own.items()} | {"1.weight": torch.ones(4, 9)}
     save_file(given, tmp_path / "w.safetensors")
-    record = from_file(model, tmp_path / "w.safetensors", "1", "w")
+    record = load(model, Weights.of(tmp_path / "w.safetensors"), "1")
     assert record.loaded == ["0.weight", "0.bias"]
     assert record.fresh == ["1.weight", "1.bias"]
     assert torch.equal(model[1].bias, own["1.bias"])
@@ -215,7 +215,7 @@ def test_tied_weights_are_read_as_they_are_written(tmp_path, names):
     values = torch.arange(15.0).reshape(5, 3)
     save_file({name: values.clone() for name in names}, tmp_path / "tied.safetensors")
     model = Tied()
-    from_file(model, tmp_path / "tied.safetensors", None, "file")
+    load(model, Weights.of(tmp_path / "tied.safetensors"), None)
     assert torch.equal(model.output.weight, values)
     assert model.output.weight is model.embedding.weight
 
@@ -236,5 +236,5 @@ def test_weights_that_do_not_fit_say_what_would(weights, texts, tmp_path):
     save_file(weights, tmp_path / "w.safetensors")
     model = nn.Sequential(nn.Linear(2, 3, bias=False))
     with pytest.raises(RequestError) as refused:
-        from_file(model, tmp_path / "w.safetensors", None, "a file")
+        load(model, Weights.of(tmp_path / "w.safetensors"), None)
     assert all(text in str(refused.value) for text in texts), refused.value

@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from typing import Any, Self
 
 import ray
@@ -201,6 +202,8 @@ class Workers:
         """
         if not self._placed:
             starting = [actor.call.remote(int) for actor in self._actors]
+            with suppress(ImportError):  # a second of the first server step, while they start
+                import_module("torch._dynamo")
             _, missing = ray.wait(starting, num_returns=len(starting), timeout=_PATIENCE)
             if missing:
                 raise RuntimeError(f"workers: Ray has no room for {self.number} workers now")
