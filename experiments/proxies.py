@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 
 from experiments.progress import Progress
-from experiments.wiring import Datasets, simulation, try_out
+from experiments.trying_out import try_out
+from experiments.wiring import Datasets, simulation
 from fedinit.config import Run
 from fedinit.errors import RequestError
 from fedinit.initialization import Weights

@@ -1,7 +1,6 @@
 """From a run's settings to the parts that carry it out, every one of them checked on the way."""
 
 import json
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,23 +18,16 @@ from clients import CLIENT_OPTIMIZERS, make_client_app
 from clients.client_optimizers import NEED_FEDOPT, OBEY_PROXIMAL_MU
 from clients.local_training import local_steps
 from clients.memory_format import MEMORY_FORMATS, fastest_memory_format, has_images
-from clients.together import fastest_together, obstacle
+from clients.together import fastest_together
+from experiments.trying_out import check_batches, try_out
 from fedinit import initialization
 from fedinit.config import Run
 from fedinit.data import FederatedDataset, partitioned, with_validation
 from fedinit.device import device
-from fedinit.errors import RequestError, located, unknown
+from fedinit.errors import RequestError, unknown
 from fedinit.initialization import Initialization, Weights
-from fedinit.measurements.evaluation import eval_mode, evaluate
 from fedinit.pretraining import proxy_path
-from fedinit.problem import (
-    Problem,
-    build_problem,
-    cross_entropy,
-    find_model,
-    label_space,
-    load_dataset,
-)
+from fedinit.problem import Problem, build_problem, find_model, label_space, load_dataset
 from fedinit.registry import call, resolve
 from fedinit.simulation import Failures, RayGrid, Workers
 from strategies import SERVER_OPTIMIZERS, FedOpt
@@ -184,7 +176,7 @@ def simulation(run: Run, datasets: Datasets, weights: Weights | None = None) -> 
     """
     problem = problem_of(run, datasets)
     try_out(run, problem)
-    check_together(run, problem)
+    check_batches(run, problem)
     strategy = make_strategy(run, problem)
     if getattr(strategy, "proximal_mu", 0) and run.client.optimizer not in OBEY_PROXIMAL_MU:
         raise RequestError(
@@ -340,54 +332,3 @@ def _together(run: Run, share: int, *shipped: ray.ObjectRef) -> int:
         return 1
     problem = _worker_problem(run, *shipped).on(device())
     return fastest_together(problem, run, MEMORY_FORMATS[run.memory_format], share)
-
-
-def check_together(run: Run, problem: Problem) -> None:
-    """Check that the model's clients can be trained as one, if that is asked for.
-
-    Raises:
-        RequestError: they cannot.
-    """
-    if run.together not in (1, "auto") and (reason := obstacle(problem)):
-        raise RequestError(f"together: {run.together} clients of '{run.model}' as one: {reason}")
-
-
-def try_out(run: Run, problem: Problem) -> None:
-    """Run the model and the loss on two rows: what does not fit is seen before any work starts.
-
-    Raises:
-        RequestError: they do not fit.
-    """
-    shape = tuple(problem.dataset.inputs.shape[1:])
-    rows = problem.dataset.test_batch(0, 2)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one line is enough
-            _check_labels(run, problem, rows[0])
-            evaluate(problem.model, problem.loss, [rows])
-    except RequestError:
-        raise
-    except Exception as error:  # whatever a user's model or loss raises
-        raise RequestError(
-            f"model '{run.model}' with loss '{run.loss}' does not fit rows of shape {shape} of "
-            f"'{run.dataset}': {located(error)}"
-        ) from None
-
-
-def _check_labels(run: Run, problem: Problem, inputs: torch.Tensor) -> None:
-    """Check that the model has a score for every label.
-
-    Raises:
-        RequestError: it has not.
-    """
-    if problem.loss is not cross_entropy or problem.dataset.targets.ndim != 1:
-        return
-    with eval_mode(problem.model), torch.no_grad():
-        scores = problem.model(inputs)
-    for targets in (problem.dataset.targets, problem.dataset.test_targets):
-        least, most = targets.aminmax()
-        if scores.ndim == 2 and (least < 0 or most >= scores.shape[1]):
-            raise RequestError(
-                f"dataset: '{run.dataset}' has the target {least if least < 0 else most}, loss "
-                f"'{run.loss}' needs labels from 0 to {scores.shape[1] - 1} of model '{run.model}'"
-            )

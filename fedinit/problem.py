@@ -90,7 +90,13 @@ def build_problem(run: Run, dataset: FederatedDataset) -> Problem:
         offered["num_classes"] = dataset.num_classes
     with draws_undone():
         seed_all(torch_seed(keyed(Draw.WEIGHTS, run.seed)))
-        model = call("model", spec.build, run.model_args, **offered)
+        try:
+            model = call("model", spec.build, run.model_args, **offered)
+        except RequestError as error:
+            if dataset.num_classes is not None or "'num_classes'" not in str(error):
+                raise
+            told = f"targets of '{run.dataset}' are {dataset.targets.dtype}, labels are integers"
+            raise RequestError(f"{error}; {told}") from None
     if not isinstance(model, nn.Module):
         raise RequestError(
             f"model: '{run.model}' returned a {type(model).__name__}, expected torch.nn.Module"

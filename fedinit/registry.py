@@ -27,7 +27,7 @@ def resolve(kind: str, name: str, known: Mapping[str, Any]) -> Any:
     module_name, _, attribute = name.partition(":")
     try:
         value: Any = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises while it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's module does when imported
         raise RequestError(f"{kind}: cannot import '{name}': {located(error)}") from None
     try:
         for part in attribute.split("."):

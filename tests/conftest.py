@@ -69,3 +69,25 @@ def finals(fedinit, experiment, ray_started, tmp_path):
         }
 
     return run
+
+
+@pytest.fixture
+def refused(fedinit, experiment, tmp_path, monkeypatch):
+    """Run a request that must be refused and return its one line."""
+
+    def no_ray(*_args, **_kwargs):
+        raise AssertionError("Ray was started for a request that is wrong")
+
+    def run(settings: dict, *arguments: str) -> str:
+        monkeypatch.setattr(ray, "init", no_ray)
+        monkeypatch.setattr("experiments.running.Workers", no_ray)
+        out = tmp_path / "out"
+        result = fedinit("run", experiment(settings), "--out", out, *arguments)
+        assert result.exit_code == 2, result.output
+        lines = result.stderr.splitlines()
+        assert len(lines) == 1, result.stderr
+        assert not result.stdout
+        assert not out.exists()
+        return lines[0]
+
+    return run

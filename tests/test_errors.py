@@ -5,7 +5,6 @@ import socket
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 from safetensors.torch import save_file
 
@@ -171,28 +170,6 @@ CASES = {
 }
 
 
-@pytest.fixture
-def refused(fedinit, experiment, tmp_path, monkeypatch):
-    """Run a request that must be refused and return its one line."""
-
-    def no_ray(*_args, **_kwargs):
-        raise AssertionError("Ray was started for a request that is wrong")
-
-    def run(settings: dict, *arguments: str) -> str:
-        monkeypatch.setattr(ray, "init", no_ray)
-        monkeypatch.setattr("experiments.running.Workers", no_ray)
-        out = tmp_path / "out"
-        result = fedinit("run", experiment(settings), "--out", out, *arguments)
-        assert result.exit_code == 2, result.output
-        lines = result.stderr.splitlines()
-        assert len(lines) == 1, result.stderr
-        assert not result.stdout
-        assert not out.exists()
-        return lines[0]
-
-    return run
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_wrong_settings(case, refused):
     settings, expected = CASES[case]
@@ -297,27 +274,6 @@ def test_wrong_overrides(refused):
     assert "expected dotted.key=value" in refused(RUN, "--set", "client.lr")
     assert "mean 'client.lr'?" in refused(RUN, "--set", "client.lt=0.1")
     assert "not a YAML value" in refused(RUN, "--set", "client.lr=[1")
-
-
-def test_a_mistake_in_ones_own_code_is_told_with_its_line(fedinit, experiment, tmp_path):
-    """The last line that is one's own, though torch or Python raised further down."""
-    text = (
-        "import torch\n"
-        "from torch import nn\n"
-        "class Model(nn.Module):\n"
-        "    def __init__(self, num_classes):\n"
-        "        super().__init__()\n"
-        "        self.layer = nn.Linear(3, num_classes)\n"
-        "    def forward(self, x):\n"
-        "        return self.layer(x)\n"  # line 8: there are 8 inputs
-    )
-    (tmp_path / "own_model.py").write_text(text)
-    (tmp_path / "own_import.py").write_text("import json\n\nimport nowhere_at_all\n")
-    for model, line in (("own_model:Model", 8), ("own_import:Model", 3)):
-        result = fedinit("run", experiment(RUN | {"model": model}))
-        assert result.exit_code == 2
-        [told] = result.stderr.splitlines()
-        assert told.endswith(f"{model.partition(':')[0]}.py:{line})")
 
 
 def test_a_file_that_is_missing_or_not_yaml(fedinit, tmp_path):

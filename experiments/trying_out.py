@@ -1,0 +1,87 @@
+"""A run's model and loss, tried on some rows: what does not fit is seen before any work starts."""
+
+import warnings
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from clients.together import obstacle
+from fedinit.config import Run
+from fedinit.errors import RequestError, located, one_line
+from fedinit.measurements.evaluation import eval_mode, evaluate
+from fedinit.problem import Problem, cross_entropy
+from fedinit.randomness import draws_undone
+
+
+def try_out(run: Run, problem: Problem) -> None:
+    """Run the model and the loss on two rows.
+
+    Raises:
+        RequestError: they do not fit.
+    """
+    shape = tuple(problem.dataset.inputs.shape[1:])
+    rows = problem.dataset.test_batch(0, 2)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one line is enough
+            _check_scores(run, problem, rows[0])
+            evaluate(problem.model, problem.loss, [rows])
+    except RequestError:
+        raise
+    except Exception as error:  # whatever a user's model or loss raises
+        raise RequestError(
+            f"model '{run.model}' with loss '{run.loss}' does not fit rows of shape {shape} of "
+            f"'{run.dataset}': {located(error)}"
+        ) from None
+
+
+def check_batches(run: Run, problem: Problem) -> None:
+    """Check that the model can be trained on the batches of the run's clients.
+
+    Raises:
+        RequestError: clients are to be trained as one and cannot be; or a client's last batch is of
+            one row, and batch normalisation has one value for each channel.
+    """
+    if run.together not in (1, "auto") and (reason := obstacle(problem)):
+        raise RequestError(f"together: {run.together} clients of '{run.model}' as one: {reason}")
+    owners, size = problem.dataset.owners, run.client.batch_size
+    (alone,) = ((owners.sizes - 1) % size == 0).nonzero()
+    norm = nn.modules.batchnorm._BatchNorm
+    normalizes = any(isinstance(each, norm) for each in problem.model.modules())
+    if not len(alone) or not normalizes or run.on_client_error == "skip":
+        return
+    try:
+        with draws_undone(), torch.no_grad():
+            deepcopy(problem.model).train()(problem.dataset.test_batch(0, 1)[0])
+    except ValueError as error:
+        raise RequestError(
+            f"client.batch_size: {size} leaves client '{owners.ids[alone[0]]}' a last batch of one "
+            f"row, which model '{run.model}' cannot normalise: {one_line(error)}"
+        ) from None
+
+
+def _check_scores(run: Run, problem: Problem, inputs: Tensor) -> None:
+    """Check that the model returns scores, one for every label.
+
+    Raises:
+        RequestError: it does not.
+    """
+    if problem.loss is not cross_entropy:
+        return
+    with eval_mode(problem.model), torch.no_grad():
+        scores = problem.model(inputs)
+    if not isinstance(scores, Tensor):
+        raise RequestError(
+            f"model: '{run.model}' returned a {type(scores).__name__}, loss '{run.loss}' takes a "
+            "torch.Tensor of scores"
+        )
+    if problem.dataset.targets.ndim != 1:
+        return
+    for targets in (problem.dataset.targets, problem.dataset.test_targets):
+        least, most = targets.aminmax()
+        if scores.ndim == 2 and (least < 0 or most >= scores.shape[1]):
+            raise RequestError(
+                f"dataset: '{run.dataset}' has the target {least if least < 0 else most}, loss "
+                f"'{run.loss}' needs labels from 0 to {scores.shape[1] - 1} of model '{run.model}'"
+            )
