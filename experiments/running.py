@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, MetricRecord
 
 from experiments.progress import Progress
@@ -225,8 +226,9 @@ def train(
 
     Raises:
         DivergedError: a loss or a weight is not finite.
+        RuntimeError: the strategy never returned any weights.
     """
-    run, at = prepared.run, begun or Position(0, prepared.arrays)
+    run, layout, at = prepared.run, prepared.problem.layout, begun or Position(0, prepared.arrays)
     continued = Continued(prepared.strategy, at.server_round)
     recorder = Recorder(prepared, grid, continued, record, at.previous)
 
@@ -251,4 +253,9 @@ def train(
         evaluate_config=at.configs[1],
         evaluate_fn=recorded,
     )
-    return result.arrays if len(result.arrays) else at.arrays  # nothing was aggregated since
+    if len(result.arrays):
+        return result.arrays
+    if run.rounds and torch.equal(layout.flatten(at.arrays), layout.flatten(prepared.arrays)):
+        name, rounds = run.strategy, run.rounds
+        raise RuntimeError(f"strategy '{name}' returned no weights in any of {rounds} rounds")
+    return at.arrays  # nothing was aggregated since

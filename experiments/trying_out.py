@@ -1,7 +1,9 @@
 """A run's model and loss, tried on some rows: what does not fit is seen before any work starts."""
 
 import warnings
+from collections.abc import Iterable
 from copy import deepcopy
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from fedinit.errors import RequestError, located, one_line
 from fedinit.measurements.evaluation import eval_mode, evaluate
 from fedinit.problem import Problem, cross_entropy
 from fedinit.randomness import draws_undone
+from strategies.fedopt import draw_cohort
 
 
 def try_out(run: Run, problem: Problem) -> None:
@@ -40,16 +43,19 @@ def check_batches(run: Run, problem: Problem) -> None:
     """Check that the model can be trained on the batches of the run's clients.
 
     Raises:
-        RequestError: clients are to be trained as one and cannot be; or a client's last batch is of
-            one row, and batch normalisation has one value for each channel.
+        RequestError: clients are to be trained as one and cannot be; or the last batch of one that
+            may be drawn is of one row, and batch normalisation has one value for each channel.
     """
     if run.together not in (1, "auto") and (reason := obstacle(problem)):
         raise RequestError(f"together: {run.together} clients of '{run.model}' as one: {reason}")
     owners, size = problem.dataset.owners, run.client.batch_size
-    (alone,) = ((owners.sizes - 1) % size == 0).nonzero()
     norm = nn.modules.batchnorm._BatchNorm
     normalizes = any(isinstance(each, norm) for each in problem.model.modules())
-    if not len(alone) or not normalizes or run.on_client_error == "skip":
+    if not normalizes or run.on_client_error == "skip":
+        return
+    last_rows = (owners.sizes - 1) % size + 1
+    alone = [client for client in _drawn(run, len(owners)) if last_rows[client] == 1]
+    if not alone:
         return
     try:
         with draws_undone(), torch.no_grad():
@@ -59,6 +65,15 @@ def check_batches(run: Run, problem: Problem) -> None:
             f"client.batch_size: {size} leaves client '{owners.ids[alone[0]]}' a last batch of one "
             f"row, which model '{run.model}' cannot normalise: {one_line(error)}"
         ) from None
+
+
+def _drawn(run: Run, clients: int) -> Iterable[int]:
+    """Return the clients that may be drawn: other strategies than ours do not say which."""
+    if run.strategy != "fedopt":
+        return range(clients)
+    rounds = range(1, run.rounds + 1)
+    cohorts = (draw_cohort(run.seed, each, clients, run.cohort) for each in rounds)
+    return sorted(set(chain.from_iterable(cohorts)))
 
 
 def _check_scores(run: Run, problem: Problem, inputs: Tensor) -> None:

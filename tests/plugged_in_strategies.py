@@ -75,6 +75,14 @@ class Raising(FedAvg):
         return super().aggregate_train(server_round, replies)
 
 
+class Silent(FedAvg):
+    """Forgets to return what it made."""
+
+    def aggregate_train(self, server_round, replies):
+        super().aggregate_train(server_round, replies)
+        return None, None
+
+
 class OwnStart(FedAvg):
     """Has a `start` of its own, whose place in mid-run nobody else knows."""
 

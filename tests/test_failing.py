@@ -56,7 +56,7 @@ def results(ray_started, tmp_path_factory):
         {
             "model": ["plugged_in:Point"],
             "model_args": [{}],
-            "strategy": ["plugged_in_strategies:Raising"],
+            "strategy": ["plugged_in_strategies:Raising", "plugged_in_strategies:Silent"],
         },
     ]
     file.write_text(yaml.safe_dump(POINTS | {"grid": grid}))
@@ -132,6 +132,15 @@ def test_a_strategy_that_raises_is_named_with_its_line(results):
     assert row["error"].endswith(f"plugged_in_strategies.py:{number})")
     assert row["initial_test_loss"] is not None
     assert row["final_test_loss"] is None
+
+
+def test_a_strategy_that_returns_no_weights_is_not_done(results):
+    out, _ = results
+    (row,) = of(out, strategy="plugged_in_strategies:Silent")
+    assert row["status"] == "failed"
+    told = "strategy 'plugged_in_strategies:Silent' returned no weights in any of 2 rounds"
+    assert row["error"] == f"RuntimeError: {told}"
+    assert not (out / row["run"] / "final.safetensors").exists()
 
 
 def test_the_page_says_what_was_left_out_and_counts_failed_clients(results):

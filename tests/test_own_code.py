@@ -5,7 +5,7 @@ import pytest
 RUN = {
     "dataset": "plugged_in:gaussians",
     "model": "plugged_in:batch_norm_classifier",
-    "cohort": 3,
+    "cohort": 6,
     "rounds": 1,
     "workers": 1,
 }
@@ -78,3 +78,11 @@ def test_batch_normalisation_of_single_rows(size, alone, fedinit, experiment):
         assert "'plugged_in:batch_norm_classifier'" in result.stderr
         skipping = fedinit("run", file, "--dry-run", "--set", "on_client_error=skip")
         assert skipping.exit_code == 0, skipping.output
+
+
+def test_a_single_row_that_is_never_drawn(fedinit, experiment):
+    """No round, no draw; of Flower's strategies nobody knows whom they draw."""
+    file = experiment(RUN | {"client": {"batch_size": 19}, "rounds": 0})
+    assert fedinit("run", file, "--dry-run").exit_code == 0
+    flowers = "strategy=flwr.serverapp.strategy:FedAvg"
+    assert fedinit("run", file, "--dry-run", "--set", flowers).exit_code == 2
