@@ -11,6 +11,7 @@ from experiments.findings import (
     Result,
     by_arm,
     from_both,
+    paired,
     tasks,
     verdict,
 )
@@ -44,7 +45,7 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
     found = {}
     for task, results in tasks(folder, summary).items():
         pair = from_both(by_arm(results, lambda r: r.start, lambda r: r.rounds[-1]["test_loss"]))
-        shown = [r for r in results if not pair or r.run.seed in pair[RANDOM]]
+        shown = paired(results, pair)
         for start in BOTH:
             at = [result for result in shown if result.start == start]
             for name in (*PANELS, *BESIDE.values()):

@@ -95,9 +95,20 @@ def _apart(summary: Mapping[str, Any], own: set[str]) -> list[str]:
     return [key for key in keys if key not in beside or not follows(key)]
 
 
-def curves(name: str, title: str, folder: Path, summary: dict[str, Any]) -> Drawing:
-    """Draw test accuracy by round, a colour for each method and a dash for each initialization."""
-    drawn = draw_figures(folder, summary, ["test_accuracy"])
+def curves(
+    name: str, title: str, folder: Path, summary: dict[str, Any], finished: Iterable[Result]
+) -> Drawing:
+    """Draw test accuracy by round, a colour for each method and a dash for each initialization.
+
+    Args:
+        name, title: the drawing's.
+        folder: the results folder.
+        summary: its summary.
+        finished: the finished runs to draw: those that the study's sentence is about.
+    """
+    names = {result.folder.path.name for result in finished}
+    rows = [row for row in summary["runs"] if row["status"] != "done" or row["run"] in names]
+    drawn = draw_figures(folder, summary | {"runs": rows}, ["test_accuracy"])
     return replace(drawn[0], name=name, title=title) if drawn else Drawing(name, title, "", "")
 
 
@@ -141,6 +152,12 @@ def from_both(arms: Mapping[Any, BySeed], *keys: Hashable) -> dict[Any, BySeed]:
     wanted: list[Hashable] = [(key, start) for key in keys for start in BOTH] or [*BOTH]
     shared = on_shared_seeds({arm: arms[arm] for arm in wanted if arm in arms})
     return shared if len(shared) == len(wanted) else {}
+
+
+def paired(results: Iterable[Result], pair: Mapping[Any, BySeed]) -> list[Result]:
+    """Return the runs with the seeds of arms that are compared; all if none are."""
+    seeds = set().union(*pair.values())
+    return [result for result in results if not pair or result.run.seed in seeds]
 
 
 def on_shared_seeds(arms: Mapping[Any, BySeed]) -> dict[Any, BySeed]:

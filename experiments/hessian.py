@@ -58,4 +58,11 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
 
 
 def _by_start(results: list[Result], name: str) -> dict[str, BySeed]:
-    return by_arm(results, lambda r: r.start, lambda r: r.rounds[0].get(name))
+    """Return a column's values by seed; those of either sign without it: their mean would be 0."""
+    arms = by_arm(results, lambda r: r.start, lambda r: r.rounds[0].get(name))
+    return {
+        start: {seed: abs(value) for seed, value in values.items()}
+        if min(values.values()) < 0 < max(values.values())
+        else values
+        for start, values in arms.items()
+    }

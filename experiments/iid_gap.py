@@ -88,4 +88,4 @@ def _compare(arms: dict[tuple[str, str], BySeed]) -> tuple[str, bool]:
         f"against {change(*gaps[RANDOM])}, from random weights"
     )
     size = {start: spread(iid).mean - spread(skewed).mean for start, (skewed, iid) in gaps.items()}
-    return numbers, size[PRETRAINED] < size[RANDOM]
+    return numbers, abs(size[PRETRAINED]) < size[RANDOM]

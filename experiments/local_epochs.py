@@ -34,11 +34,16 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
         )
         if not arms:
             continue  # targets are not labels
+        pairs = {epochs: from_both(arms, epochs) for epochs, _ in sorted(arms)}
         lines[task] = {
-            start: {epochs: arms[epochs, at] for epochs, at in sorted(arms) if at == start}
+            start: {
+                epochs: (pairs[epochs] or arms)[epochs, at]
+                for epochs, at in sorted(arms)
+                if at == start
+            }
             for start in BOTH
         }
-        every = sorted({epochs for epochs, _ in arms})
+        every = [epochs for epochs, pair in pairs.items() if pair]
         if len(every) > 1 and (ends := from_both(arms, every[0], every[-1])):
             found[task] = _compare(every[0], every[-1], ends)
     sentence = verdict(CLAIM, found)

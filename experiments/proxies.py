@@ -13,7 +13,7 @@ from fedinit.errors import RequestError
 from fedinit.initialization import Weights
 from fedinit.locking import locked
 from fedinit.pretraining import pretrain, proxy_path, proxy_run, weights_of
-from fedinit.problem import build_problem, label_space
+from fedinit.problem import build_problem
 
 
 def check(run: Run, datasets: Datasets) -> None:
@@ -27,8 +27,7 @@ def check(run: Run, datasets: Datasets) -> None:
         like = proxy_run(run)
         proxy = build_problem(like, datasets.load(like))
         try_out(like, proxy)
-        labels = label_space(like, proxy.dataset)
-        weights = Weights(weights_of(proxy), f"proxy ({run.proxy.dataset})", labels=labels)
+        weights = Weights(weights_of(proxy), f"proxy ({run.proxy.dataset})")
     simulation(run, datasets, weights)
 
 

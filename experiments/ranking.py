@@ -1,5 +1,7 @@
 """Figure 1: nine methods from random and from pre-trained weights, and how their order changes."""
 
+from itertools import combinations
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -69,19 +71,23 @@ def _means(pairs: dict[Method, dict[str, BySeed]], start: str) -> list[float]:
 
 
 def _tau(pairs: dict[Method, dict[str, BySeed]]) -> str:
-    return f"Kendall's tau {kendall_tau(_means(pairs, RANDOM), _means(pairs, PRETRAINED)):.2f}"
+    tau = kendall_tau(_means(pairs, RANDOM), _means(pairs, PRETRAINED))
+    return f"Kendall's tau {'undefined' if isnan(tau) else f'{tau:.2f}'}"
 
 
 def _compare(pairs: dict[Method, dict[str, BySeed]]) -> tuple[str, bool]:
     before, after = _means(pairs, RANDOM), _means(pairs, PRETRAINED)
     random, pretrained = max(before) - min(before), max(after) - min(after)
-    tau = kendall_tau(before, after)
+    reverses = any(
+        (one[0] - other[0]) * (one[1] - other[1]) < 0
+        for one, other in combinations(zip(before, after, strict=True), 2)
+    )
     numbers = (
         f"{_tau(pairs)} between the two orders, and the {len(pairs)} methods end within "
         f"{wording.points(pretrained).lstrip('+')} of each other from pre-trained against "
         f"{wording.points(random).lstrip('+')} from random weights"
     )
-    return numbers, tau < 1 and pretrained < random
+    return numbers, reverses and pretrained < random
 
 
 def _draw(ax: Axes, title: str, pairs: dict[Method, dict[str, BySeed]]) -> None:
@@ -136,5 +142,5 @@ def _apart(heights: dict[Method, float], ax: Axes) -> dict[Method, float]:
     for method in order[1:]:
         placed.append(max(heights[method], placed[-1] + gap))
     shift = sum(p - heights[m] for p, m in zip(placed, order, strict=True)) / len(order)
-    shift = min(max(shift, placed[-1] - high), placed[0] - low) if placed else 0.0
+    shift = min(max(shift, placed[-1] - high), placed[0] - low)
     return {method: place - shift for method, place in zip(order, placed, strict=True)}

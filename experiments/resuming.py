@@ -140,7 +140,7 @@ class Checkpoints:
 def results_folder(out: Path) -> Iterator[None]:
     """Make a folder and keep every other process out of it.
 
-    It goes again if the request is refused before anything was written.
+    What was made goes again if the request is refused before anything was written.
 
     Raises:
         RequestError: it cannot be made or written to, or another process is at work in it.
@@ -151,6 +151,7 @@ def results_folder(out: Path) -> Iterator[None]:
 
     with ExitStack() as stack:
         try:
+            made = not out.exists()
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(out / LOCK, taken))
         except OSError as error:
@@ -160,7 +161,8 @@ def results_folder(out: Path) -> Iterator[None]:
         except RequestError:
             if is_free(out):
                 (out / LOCK).unlink()
-                out.rmdir()
+                if made:
+                    out.rmdir()
             raise
 
 

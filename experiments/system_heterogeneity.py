@@ -8,6 +8,7 @@ from experiments.findings import (
     PRETRAINED,
     RANDOM,
     BySeed,
+    Result,
     by_arm,
     curves,
     on_shared_seeds,
@@ -30,26 +31,32 @@ FEDADAM = ("sgd", "adam")
 def study(folder: Path, summary: dict[str, Any]) -> Finding:
     """Draw accuracy by round and method; name the best method from either initialization."""
     found = {}
+    shown: list[Result] = []
     for task, results in tasks(folder, summary, OPTIMIZERS).items():
         arms = by_arm(results, lambda r: (r.start, r.method), lambda r: r.final_accuracy)
         by_start = {
             start: on_shared_seeds({method: arms[at, method] for at, method in arms if at == start})
             for start in BOTH
         }
+        shown += [r for r in results if r.run.seed in by_start[r.start].get(r.method, ())]
         if all(len(methods) > 1 for methods in by_start.values()):
             found[task] = _compare(by_start)
-    drawing = curves("system_heterogeneity", "Methods under heterogeneity", folder, summary)
+    title = "Methods under heterogeneity"
+    drawing = curves("system_heterogeneity", title, folder, summary, shown)
     return Finding(drawing, verdict(CLAIM, found), replaces="test_accuracy")
 
 
 def _compare(by_start: dict[str, dict[tuple[str, str], BySeed]]) -> tuple[str, bool]:
-    best, told = {}, {}
+    best: dict[str, list[tuple[str, str]]] = {}
+    told = {}
     for start, methods in by_start.items():
         means = {method: spread(values).mean for method, values in methods.items()}
-        best[start] = max(means, key=means.__getitem__)
-        client, server = best[start]
-        told[start] = f"{client} clients + {server} ({wording.share(means[best[start]])})"
+        most = max(means.values())
+        best[start] = [method for method, mean in means.items() if mean == most]
+        names = " and ".join(f"{client} clients + {server}" for client, server in best[start])
+        told[start] = f"{names} ({wording.share(most)})"
     numbers = (
         f"the best is {told[PRETRAINED]} from pre-trained and {told[RANDOM]} from random weights"
     )
-    return numbers, best[PRETRAINED] == FEDADAM and best[RANDOM][0] in BUILT_FOR_IT
+    built_for_it = all(client in BUILT_FOR_IT for client, _ in best[RANDOM])
+    return numbers, best[PRETRAINED] == [FEDADAM] and built_for_it

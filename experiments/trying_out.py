@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from clients.together import obstacle
 from fedinit.config import Run
-from fedinit.errors import RequestError, located, one_line
+from fedinit.errors import RequestError, located
 from fedinit.measurements.evaluation import eval_mode, evaluate
 from fedinit.problem import Problem, cross_entropy
 from fedinit.randomness import draws_undone
 from strategies.fedopt import draw_cohort
+
+# Layers that want more than one value for each channel, or group of them, in training.
+_NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
 def try_out(run: Run, problem: Problem) -> None:
@@ -44,14 +47,14 @@ def check_batches(run: Run, problem: Problem) -> None:
 
     Raises:
         RequestError: clients are to be trained as one and cannot be; or the last batch of one that
-            may be drawn is of one row, and batch normalisation has one value for each channel.
+            may be drawn is of one row, which is too few for the model, as it normalises batches.
     """
     if run.together not in (1, "auto") and (reason := obstacle(problem)):
         raise RequestError(f"together: {run.together} clients of '{run.model}' as one: {reason}")
     owners, size = problem.dataset.owners, run.client.batch_size
-    norm = nn.modules.batchnorm._BatchNorm
-    normalizes = any(isinstance(each, norm) for each in problem.model.modules())
-    if not normalizes or run.on_client_error == "skip":
+    if run.on_client_error == "skip" or not any(
+        isinstance(each, _NORMALIZATIONS) for each in problem.model.modules()
+    ):
         return
     last_rows = (owners.sizes - 1) % size + 1
     alone = [client for client in _drawn(run, len(owners)) if last_rows[client] == 1]
@@ -60,10 +63,10 @@ def check_batches(run: Run, problem: Problem) -> None:
     try:
         with draws_undone(), torch.no_grad():
             deepcopy(problem.model).train()(problem.dataset.test_batch(0, 1)[0])
-    except ValueError as error:
+    except Exception as error:  # whatever a user's model raises
         raise RequestError(
             f"client.batch_size: {size} leaves client '{owners.ids[alone[0]]}' a last batch of one "
-            f"row, which model '{run.model}' cannot normalise: {one_line(error)}"
+            f"row, which model '{run.model}' fails on: {located(error)}"
         ) from None
 
 

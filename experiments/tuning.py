@@ -52,7 +52,7 @@ RATES = "rates.yaml"
 _SCORED = 3  # last evaluations, averaged: one alone is noisy when cohorts are small
 _FREE = 2  # trials that are never stopped early; later ones are compared with the median
 _REQUEST, _TRIALS = "request.json", "trials.db"
-_FAILURE = "failure"
+_FAILURE, _DIVERGED = "failure", "diverged"
 _ANY = optuna.samplers.RandomSampler()  # of a trial's values none is left to draw
 
 # Lists are searched as well (server.betas), which Optuna can store, and says that it cannot.
@@ -265,6 +265,7 @@ def _score(arm: Arm, workers: Workers, datasets: Datasets, trial: Trial) -> floa
         train(prepared, prepared.grid(workers, datasets), record)
         return mean(losses[-_SCORED:])
     except DivergedError:
+        trial.set_user_attr(_DIVERGED, True)
         raise optuna.TrialPruned from None
     except Exception as error:
         if not isinstance(error, optuna.TrialPruned):
@@ -286,25 +287,29 @@ def _told(trial: FrozenTrial) -> str:
         return f"{values}  validation loss {trial.value:.4g}"
     if trial.state == TrialState.FAIL:
         return f"{values}  failed: {trial.user_attrs.get(_FAILURE)}"
-    return f"{values}  stopped after round {trial.last_step or 0}"
+    how = "diverged" if _DIVERGED in trial.user_attrs else "stopped"
+    return f"{values}  {how} after round {trial.last_step or 0}"
 
 
 def _rule(arm: Arm, trials: list[FrozenTrial]) -> dict[str, Any]:
     """Return the arm's rule for an experiment's `rules`, with what is to be known of it."""
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    failed = [trial for trial in trials if trial.state == TrialState.FAIL]
-    failures = f", {len(failed)} failed" if failed else ""
+    failed = sum(trial.state == TrialState.FAIL for trial in trials)
+    diverged = sum(_DIVERGED in trial.user_attrs for trial in trials)
+    failures = f", {failed} failed" if failed else ""
     if not complete:
         note = f"none of {len(trials)} trials was finite{failures}"
         return {"match": arm.match, "set": {}, "note": note}
-    best = min(complete, key=lambda trial: trial.value or 0.0)
+    best = min(complete, key=lambda trial: trial.values[0])
+    stopped = f"{len(trials) - len(complete) - failed - diverged} stopped early"
+    stopped += f", {diverged} diverged" if diverged else ""
     note = (
         f"validation loss {best.value:.4g}, best of {len(trials)} of {len(arm.runs)} combinations "
-        f"({len(trials) - len(complete) - len(failed)} stopped early{failures})"
+        f"({stopped}{failures})"
     )
     for key, values in arm.values.items():
         ordered = len(values) > 1 and all(type(value) in (int, float) for value in values)
-        if ordered and best.params[key] in (values[0], values[-1]):
+        if ordered and best.params[key] in (min(values), max(values)):
             note += f"; {key} {best.params[key]} is on the edge of {values}"
     return {"match": arm.match, "set": dict(best.params), "note": note}
 

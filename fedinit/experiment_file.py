@@ -25,7 +25,7 @@ from fedinit.errors import RequestError, one_line, unknown
 from fedinit.yaml_settings import is_settings, parse_value, read_settings
 
 _BESIDE_A_RUN = ("name", "study", "grid", "when", "rules", "presets", "tune")
-LONGEST = 150  # characters of a run's name
+LONGEST = 150  # bytes of a run's name
 
 
 class Experiment(BaseModel):
@@ -66,6 +66,9 @@ def override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise RequestError(f"--set {text}: expected dotted.key=value")
+    if key in _BESIDE_A_RUN:
+        told = "sets what a run has, and axes (grid.KEY), and keys of the search (tune.KEY)"
+        raise RequestError(f"--set {text}: {key} is for the file; --set {told}")
     return key, parse_value(value)
 
 
@@ -313,7 +316,10 @@ def _spell_out(
 def _label(arm: Mapping[str, Any]) -> str:
     """Name a run, and its folder, by the settings that vary; file systems bound the length."""
     label = ",".join(f"{key}={_slug(str(value))}" for key, value in arm.items())
-    return label if len(label) <= LONGEST else f"{label[:LONGEST]}-{crc32(label.encode()):08x}"
+    encoded = label.encode()
+    if len(encoded) <= LONGEST:
+        return label
+    return f"{encoded[:LONGEST].decode(errors='ignore')}-{crc32(encoded):08x}"
 
 
 def with_weights_beside(run: Run, folder: Path) -> Run:

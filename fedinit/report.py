@@ -14,7 +14,7 @@ from rich.text import Text
 from fedinit import wording
 from fedinit.drawing import Drawing
 from fedinit.figures import MEASURES, draw_figures, label, shorten, split_settings
-from fedinit.results import RunFolder, read_summary, write_atomically
+from fedinit.results import RunFolder, read_summary, write_atomically, writing
 from fedinit.statistics import Spread, paired_difference
 
 Setting = tuple[str, ...]  # a run's varied settings, but for its initialization and seed
@@ -94,11 +94,13 @@ def write_report(folder: Path, finding: Finding | None = None) -> Path:
 
     Raises:
         RequestError: the folder holds no results, or a run's rounds cannot be read.
+        WriteError: the page or a figure cannot be written.
     """
     summary = read_summary(folder)
     others = [name for name in MEASURES if finding is None or name != finding.replaces]
     figures = draw_figures(folder, summary, others)
-    (folder / "figures").mkdir(exist_ok=True)
+    with writing(folder / "figures"):
+        (folder / "figures").mkdir(exist_ok=True)
     for figure in [*([finding.drawing] if finding else []), *figures]:
         for suffix, text in (("svg", figure.svg), ("csv", figure.csv)):
             if text:

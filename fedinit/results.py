@@ -240,7 +240,12 @@ class RunFolder:
     @property
     def run(self) -> Run:
         """The run that this folder holds."""
-        return make_run(read_settings(self.path / "run.yaml"))
+        path = self.path / "run.yaml"
+        settings = read_settings(path)
+        try:
+            return make_run(settings)
+        except RequestError as error:
+            raise RequestError(f"{path}: {error}") from None
 
     @property
     def initialization(self) -> dict[str, Any]:

@@ -270,10 +270,25 @@ def test_too_few_cpus_for_one_run_of_several(fedinit, experiment, ray_started, t
     assert not out.exists()
 
 
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_a_refused_request_leaves_ones_own_empty_folder(
+    kind, fedinit, experiment, ray_started, tmp_path
+):
+    (folder := tmp_path / "folder").mkdir()
+    out = folder
+    if kind == "link":
+        (out := tmp_path / "link").symlink_to(folder)
+    result = fedinit("run", experiment(RUN | {"workers": 999}), "--out", out)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == ["fedinit: workers: 999 workers, but Ray has 4 CPUs"]
+    assert list(out.iterdir()) == []
+
+
 def test_wrong_overrides(refused):
     assert "expected dotted.key=value" in refused(RUN, "--set", "client.lr")
     assert "mean 'client.lr'?" in refused(RUN, "--set", "client.lt=0.1")
     assert "not a YAML value" in refused(RUN, "--set", "client.lr=[1")
+    assert "--set name=mine: name is for the file" in refused(RUN, "--set", "name=mine")
 
 
 def test_a_file_that_is_missing_or_not_yaml(fedinit, tmp_path):

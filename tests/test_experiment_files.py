@@ -301,6 +301,18 @@ def test_arguments_are_overridden_and_meet_as_sections_do(folder):
         load_experiment(file, ["grid.dataset_args=[{beta: 1}]"])
 
 
+def test_a_name_fits_a_file_system_in_any_script(folder):
+    """These have 255 bytes for a name; a character of these takes three."""
+    file = folder / "long.yaml"
+    values = ["\u6f22" * 120 + end for end in "ab"]
+    run = {"dataset": "mine:data", "model": "mine:net"}
+    file.write_text(yaml.safe_dump(run | {"grid": {"dataset_args.text": values}}))
+    labels = list(load_experiment(file).runs)
+    assert len(labels) == 2
+    for label in labels:
+        (folder / label).mkdir()
+
+
 def test_a_rule_matches_a_section_by_its_keys(folder):
     file = folder / "sections.yaml"
     rule = {"match": {"client": {"lr": 0.2}}, "set": {"client": {"mu": 1.0}}}

@@ -66,6 +66,14 @@ def test_a_model_of_classes_where_the_targets_are_none(refused):
     assert "targets of 'plugged_in:quadratics' are torch.float64, labels are integers" in line
 
 
+def test_a_model_that_fails_for_another_reason(refused, tmp_path):
+    text = "def model(num_classes):\n    return {}['num_classes']\n"
+    (tmp_path / "own_keys.py").write_text(text)
+    line = refused(RUN | {"model": "own_keys:model"})
+    assert "KeyError: 'num_classes'" in line
+    assert line.endswith("own_keys.py:2)")
+
+
 @pytest.mark.parametrize(("size", "alone"), [(19, True), (1, True), (20, False), (18, False)])
 def test_batch_normalisation_of_single_rows(size, alone, fedinit, experiment):
     """Clients of 20 rows: batches of 19 leave one of them alone, batches of 18 leave two."""
@@ -78,6 +86,33 @@ def test_batch_normalisation_of_single_rows(size, alone, fedinit, experiment):
         assert "'plugged_in:batch_norm_classifier'" in result.stderr
         skipping = fedinit("run", file, "--dry-run", "--set", "on_client_error=skip")
         assert skipping.exit_code == 0, skipping.output
+
+
+@pytest.mark.parametrize(
+    ("layers", "told"),
+    [
+        ("nn.GroupNorm(4, 4)", "Expected more than 1 value per channel"),
+        (
+            "nn.Unflatten(1, (2, 2)), nn.BatchNorm1d(2), nn.Flatten(), Second()",
+            "IndexError: index 1 is out of bounds",
+        ),
+    ],
+)
+def test_other_models_that_fail_on_a_single_row(layers, told, refused, tmp_path):
+    text = (
+        "from torch import nn\n"
+        "class Second(nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return x + x[1]\n"
+        "def model(num_classes):\n"
+        f"    return nn.Sequential(nn.Linear(8, 4), {layers}, nn.Linear(4, num_classes))\n"
+    )
+    name = f"single_{len(layers)}"
+    (tmp_path / f"{name}.py").write_text(text)
+    settings = {"model": f"{name}:model", "client": {"batch_size": 19}, "trainable": "all"}
+    line = refused(RUN | settings)
+    assert "client.batch_size: 19 leaves client 'c0' a last batch of one row" in line
+    assert told in line
 
 
 def test_a_single_row_that_is_never_drawn(fedinit, experiment):

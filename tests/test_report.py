@@ -301,6 +301,25 @@ def test_a_line_cut_off_by_a_crash_is_not_a_round(tmp_path: Path) -> None:
     assert [line["round"] for line in RunFolder(folder).rounds] == [0, 1, 2]
 
 
+def test_a_damaged_run_is_named(tmp_path: Path) -> None:
+    out = results(tmp_path, "{seed: [0, 1]}", [0.5, 0.5])
+    with (out / "seed=1" / "run.yaml").open("a", encoding="utf-8") as file:
+        file.write("foo: 1\n")
+    result = CliRunner().invoke(app, ["report", str(out)])
+    assert result.exit_code == 2
+    [line] = result.stderr.splitlines()
+    assert f"{out / 'seed=1' / 'run.yaml'}: unknown key 'foo'" in line
+
+
+def test_figures_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
+    out = results(tmp_path, "{seed: [0]}", [0.5])
+    (out / "figures").write_text("no folder")
+    result = CliRunner().invoke(app, ["report", str(out)])
+    assert result.exit_code == 1
+    [line] = result.stderr.splitlines()
+    assert f"cannot write {out / 'figures'}: File exists" in line
+
+
 def test_a_report_knows_what_a_killed_run_had_done(tmp_path: Path) -> None:
     """The summary is of the beginning; two rounds were recorded since."""
     out = tmp_path / "out"

@@ -257,6 +257,17 @@ def test_a_damaged_leaf_file_is_one_line_that_names_it(tmp_path, change, expecte
     assert str(tmp_path) in str(refused.value)
 
 
+def test_an_image_of_nobody_is_refused(tmp_path, grey):
+    """It would be a writer's named None."""
+    path = write_femnist(tmp_path, grey, [0, 5, 61, 7, 8, 9])
+    table = pq.read_table(path)
+    writers = pa.array([*WRITERS[:-2], None, None])
+    at = table.column_names.index("writer_id")
+    pq.write_table(table.set_column(at, "writer_id", writers), path)
+    with pytest.raises(RequestError, match=f"{path.name}: writer_id is empty in 2 rows"):
+        femnist(str(tmp_path))
+
+
 def test_without_the_network_it_is_said_which_file_goes_where():
     with pytest.raises(RequestError, match=r"train-\*\.parquet.*dataset_args\.data_dir") as refused:
         cifar10()

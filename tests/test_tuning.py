@@ -130,6 +130,19 @@ def test_a_search_whose_every_trial_diverges_keeps_the_files_rates(
     assert rule["note"] == "none of 2 trials was finite"
 
 
+def test_a_trial_that_diverges_was_not_stopped(fedinit, experiment, ray_started, tmp_path):
+    """Nor does the last of values in any order lie on their edge."""
+    search = [{"match": {}, "set": {"client.lr": [0.5, 1e300, 1.0]}}]
+    settings = QUADRATIC | {"rounds": 3, "tune": {"search": search}}
+    result = fedinit("tune", experiment(settings), "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "client.lr=1e+300  diverged after round" in result.output
+    [rule] = rates(tmp_path / "out")
+    assert rule["set"] == {"client.lr": 1.0}
+    assert "best of 3 of 3 combinations (0 stopped early, 1 diverged)" in rule["note"]
+    assert "edge" not in rule["note"]
+
+
 def test_a_trial_that_fails_is_told_and_counted(fedinit, experiment, ray_started, tmp_path):
     """There is no model of size -1: it fails before it trains."""
     search = [{"match": {}, "set": {"model_args.size": [2, -1]}}]

@@ -53,7 +53,7 @@ def read_owned_images(
         named = [(str(path), read_parquet(path, columns)) for path in source]
     images = [_decode(table[image], name) for name, table in named]
     targets = [_labels(table[label], name) for name, table in named]
-    owners = [_owners(table, owner) for _, table in named]
+    owners = [_owners(table, owner, name) for name, table in named]
     for (name, _), part in zip(named, images, strict=True):
         if part.shape[1:] != images[0].shape[1:]:
             raise RequestError(f"{name}: images of shape {part.shape[1:]}, the first file's differ")
@@ -106,7 +106,9 @@ def _labels(column: pa.ChunkedArray, name: str) -> np.ndarray:
     return column.to_numpy().astype(np.int64)
 
 
-def _owners(table: pa.Table, owner: str | None) -> np.ndarray:
+def _owners(table: pa.Table, owner: str | None, name: str) -> np.ndarray:
     if owner is None:
         return np.zeros(0, dtype=str)
+    if table[owner].null_count:
+        raise RequestError(f"{name}: {owner} is empty in {table[owner].null_count} rows")
     return table[owner].to_numpy(zero_copy_only=False).astype(str)
