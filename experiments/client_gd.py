@@ -7,12 +7,10 @@ from experiments.findings import (
     BOTH,
     PRETRAINED,
     RANDOM,
-    Result,
     by_arm,
     change,
     curves,
     from_both,
-    paired,
     spread,
     tasks,
     verdict,
@@ -25,16 +23,13 @@ CLAIM = "from pre-trained weights a gradient step (gd) nearly matches local SGD,
 def study(folder: Path, summary: dict[str, Any]) -> Finding:
     """Draw accuracy by round; compare how far gd clients end behind sgd clients."""
     found = {}
-    shown: list[Result] = []
     for task, results in tasks(folder, summary, ["client.optimizer"]).items():
         arms = by_arm(
             results,
             lambda r: (r.run.client.optimizer, r.start),
             lambda r: r.final_accuracy,
         )
-        both = from_both(arms, "sgd", "gd")
-        shown += paired(results, both)
-        if both:
+        if both := from_both(arms, "sgd", "gd"):
             pairs = {start: (both["gd", start], both["sgd", start]) for start in BOTH}
             lead = {start: spread(sgd).mean - spread(gd).mean for start, (gd, sgd) in pairs.items()}
             numbers = (
@@ -42,5 +37,5 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
                 f"pre-trained against {change(*pairs[RANDOM])}, from random weights"
             )
             found[task] = (numbers, abs(lead[PRETRAINED]) < lead[RANDOM])
-    drawing = curves("client_gd", "Local SGD against one gradient", folder, summary, shown)
+    drawing = curves("client_gd", "Local SGD against one gradient", folder, summary)
     return Finding(drawing, verdict(CLAIM, found), replaces="test_accuracy")

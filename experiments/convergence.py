@@ -27,15 +27,12 @@ CLAIM = "training from pre-trained weights is faster and ends higher"
 def study(folder: Path, summary: dict[str, Any]) -> Finding:
     """Draw accuracy by round; compare the ends, and when pre-trained passes random's end."""
     found = {}
-    shown: list[Result] = []
     for task, results in tasks(folder, summary).items():
         arms = by_arm(results, lambda r: r.start, lambda r: r.final_accuracy)
-        pair = from_both(arms)
-        shown += paired(results, pair)
-        if pair:
+        if pair := from_both(arms):
             random, pretrained = pair[RANDOM], pair[PRETRAINED]
             found[task] = _compare(paired(results, pair), random, pretrained)
-    drawing = curves("convergence", "Accuracy by round", folder, summary, shown)
+    drawing = curves("convergence", "Accuracy by round", folder, summary)
     return Finding(drawing, verdict(CLAIM, found), replaces="test_accuracy")
 
 

@@ -95,20 +95,9 @@ def _apart(summary: Mapping[str, Any], own: set[str]) -> list[str]:
     return [key for key in keys if key not in beside or not follows(key)]
 
 
-def curves(
-    name: str, title: str, folder: Path, summary: dict[str, Any], finished: Iterable[Result]
-) -> Drawing:
-    """Draw test accuracy by round, a colour for each method and a dash for each initialization.
-
-    Args:
-        name, title: the drawing's.
-        folder: the results folder.
-        summary: its summary.
-        finished: the finished runs to draw: those that the study's sentence is about.
-    """
-    names = {result.folder.path.name for result in finished}
-    rows = [row for row in summary["runs"] if row["status"] != "done" or row["run"] in names]
-    drawn = draw_figures(folder, summary | {"runs": rows}, ["test_accuracy"])
+def curves(name: str, title: str, folder: Path, summary: dict[str, Any]) -> Drawing:
+    """Draw test accuracy by round, a colour for each method and a dash for each initialization."""
+    drawn = draw_figures(folder, summary, ["test_accuracy"])
     return replace(drawn[0], name=name, title=title) if drawn else Drawing(name, title, "", "")
 
 

@@ -36,11 +36,7 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
             continue  # targets are not labels
         pairs = {epochs: from_both(arms, epochs) for epochs, _ in sorted(arms)}
         lines[task] = {
-            start: {
-                epochs: (pairs[epochs] or arms)[epochs, at]
-                for epochs, at in sorted(arms)
-                if at == start
-            }
+            start: {epochs: arms[epochs, at] for epochs, at in sorted(arms) if at == start}
             for start in BOTH
         }
         every = [epochs for epochs, pair in pairs.items() if pair]

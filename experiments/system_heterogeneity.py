@@ -8,7 +8,6 @@ from experiments.findings import (
     PRETRAINED,
     RANDOM,
     BySeed,
-    Result,
     by_arm,
     curves,
     on_shared_seeds,
@@ -31,18 +30,16 @@ FEDADAM = ("sgd", "adam")
 def study(folder: Path, summary: dict[str, Any]) -> Finding:
     """Draw accuracy by round and method; name the best method from either initialization."""
     found = {}
-    shown: list[Result] = []
     for task, results in tasks(folder, summary, OPTIMIZERS).items():
         arms = by_arm(results, lambda r: (r.start, r.method), lambda r: r.final_accuracy)
         by_start = {
             start: on_shared_seeds({method: arms[at, method] for at, method in arms if at == start})
             for start in BOTH
         }
-        shown += [r for r in results if r.run.seed in by_start[r.start].get(r.method, ())]
         if all(len(methods) > 1 for methods in by_start.values()):
             found[task] = _compare(by_start)
     title = "Methods under heterogeneity"
-    drawing = curves("system_heterogeneity", title, folder, summary, shown)
+    drawing = curves("system_heterogeneity", title, folder, summary)
     return Finding(drawing, verdict(CLAIM, found), replaces="test_accuracy")
 
 

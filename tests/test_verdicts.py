@@ -191,38 +191,3 @@ def test_alignment_asks_all_three_measures_of_the_seeds_in_common(tmp_path: Path
     assert "distance of the initial to the final x 3.00 against 5.00" in found.sentence
     assert found.sentence.endswith("which does not agree.")
     assert {row["seeds"] for row in rows(found)} == {"1"}
-
-
-@pytest.mark.parametrize(
-    ("study", "axis"),
-    [
-        ("convergence", ""),
-        ("client_gd", "client.optimizer: [sgd, gd], "),
-        ("local_epochs", "client.epochs: [1, 5], "),
-        ("system_heterogeneity", "client.optimizer: [sgd, nova], server.optimizer: [adam], "),
-    ],
-)
-def test_the_figure_is_of_the_seeds_that_the_sentence_is_of(
-    tmp_path: Path, study: str, axis: str
-) -> None:
-    """Of random weights' seed 1 runs failed: those at 90% from pre-trained ones are not drawn.
-
-    The best of heterogeneous methods are no pair: there only what failed of the same start counts.
-    """
-
-    def end(run: Run) -> float | None:
-        failed = run.seed == 1 and run.client.optimizer != "gd" and run.client.epochs == 1
-        if failed and pretrained(run) == (study == "system_heterogeneity"):
-            return None if run.client.optimizer == "sgd" else 0.9
-        return 0.9 if run.seed else 0.2
-
-    found = finding(tmp_path, study, f"{{{axis}{BOTH}, seed: [0, 1]}}", ends(end))
-    shown = [
-        row
-        for row in rows(found)
-        if row.get("round", "2") == "2"
-        and row.get("client.epochs", "1") == "1"
-        and (study != "system_heterogeneity" or row["initialization"] == "pretrained")
-    ]
-    assert shown
-    assert {float(row["test_accuracy"]) for row in shown} == {0.2}
