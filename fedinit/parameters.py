@@ -151,10 +151,15 @@ class Layout:
         """Lay out a model; the parameters with `requires_grad` are the trainable ones.
 
         Raises:
-            RequestError: nothing is trainable, the trainable parameters differ in dtype, or an
-                array's dtype is none of NumPy's, and so of Flower's.
+            RequestError: nothing is trainable, the trainable parameters differ in dtype, one
+                has no shape yet, or an array's dtype is none of NumPy's, and so of Flower's.
         """
         parameters = dict(model.named_parameters())
+        for name, value in parameters.items():
+            if nn.parameter.is_lazy(value):
+                raise RequestError(
+                    f"model: '{name}' has no shape before a first batch; give it one"
+                )
         trainable = tuple(name for name, value in parameters.items() if value.requires_grad)
         dtypes = {parameters[name].dtype for name in trainable}
         if len(dtypes) != 1:

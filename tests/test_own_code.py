@@ -66,6 +66,12 @@ def test_a_model_of_classes_where_the_targets_are_none(refused):
     assert "targets of 'plugged_in:quadratics' are torch.float64, labels are integers" in line
 
 
+def test_a_model_that_is_built_lazily(refused, tmp_path):
+    text = "from torch import nn\ndef model(num_classes):\n    return nn.LazyLinear(num_classes)\n"
+    (tmp_path / "own_lazy.py").write_text(text)
+    assert "model: 'weight' has no shape" in refused(RUN | {"model": "own_lazy:model"})
+
+
 def test_a_model_that_fails_for_another_reason(refused, tmp_path):
     text = "def model(num_classes):\n    return {}['num_classes']\n"
     (tmp_path / "own_keys.py").write_text(text)
