@@ -58,8 +58,13 @@ def study(folder: Path, summary: dict[str, Any]) -> Finding:
 
 
 def _by_start(results: list[Result], name: str) -> dict[str, BySeed]:
-    """Return a column's values by seed; those of either sign without it: their mean would be 0."""
+    """Return a column's values by seed.
+
+    Of the largest in absolute value they are sizes where signs differ, as a mean would cancel them.
+    """
     arms = by_arm(results, lambda r: r.start, lambda r: r.rounds[0].get(name))
+    if name != "hessian_absolute":
+        return arms
     return {
         start: {seed: abs(value) for seed, value in values.items()}
         if min(values.values()) < 0 < max(values.values())

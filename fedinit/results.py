@@ -240,8 +240,7 @@ class RunFolder:
     @property
     def run(self) -> Run:
         """The run that this folder holds."""
-        path = self.path / "run.yaml"
-        settings = read_settings(path)
+        settings = read_settings(path := self.path / "run.yaml")
         try:
             return make_run(settings)
         except RequestError as error:

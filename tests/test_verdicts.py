@@ -143,7 +143,7 @@ def test_local_epochs_compares_those_that_finished_from_both(tmp_path: Path) -> 
 
 
 def test_eigenvalues_of_either_sign_do_not_cancel(tmp_path: Path) -> None:
-    """4 and -7: 5.5, and a deviation of 3 / sqrt(2)."""
+    """4 and -7: 5.5, and a deviation of 3 / sqrt(2). The largest of all, 4 and -1, have 1.5."""
 
     def lines(run: Run) -> Lines:
         absolute = 2.0 if pretrained(run) else -7.0 if run.seed else 4.0
@@ -151,7 +151,7 @@ def test_eigenvalues_of_either_sign_do_not_cancel(tmp_path: Path) -> None:
             {
                 "round": 0,
                 "test_loss": 1.0,
-                "hessian_algebraic": 4.0,
+                "hessian_algebraic": 4.0 - 5.0 * run.seed,
                 "hessian_absolute": absolute,
                 "hessian_algebraic_residual": 1e-4,
                 "hessian_absolute_residual": 1e-4,
@@ -161,6 +161,7 @@ def test_eigenvalues_of_either_sign_do_not_cancel(tmp_path: Path) -> None:
 
     found = finding(tmp_path, "hessian", f"{{{BOTH}, seed: [0, 1]}}", lines)
     assert float(rows(found)[0]["hessian_absolute"]) == 5.5
+    assert float(rows(found)[0]["hessian_algebraic"]) == 1.5
     assert float(rows(found)[0]["hessian_absolute_standard_deviation"]) == pytest.approx(3 / 2**0.5)
 
 
