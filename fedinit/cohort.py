@@ -101,23 +101,26 @@ class CohortSums:
         weights, rest = self.layout.flatten(arrays), self.layout.rest(arrays)
         self.add_trained(start, Trained(weights, metrics, rest, extra))
 
-    def add_trained(self, start: Tensor, trained: Trained) -> None:
-        """Add what a client made of the vector `start`; its weights may change afterwards."""
-        metrics = trained.metrics
-        examples = float(metrics[NUM_EXAMPLES])
-        weight = examples / metrics.get(LOCAL_NORM, 1.0)
+    def add_trained(self, start: Tensor, *group: Trained) -> None:
+        """Add what clients made of the vector `start`; their weights may change afterwards."""
+        examples = [float(each.metrics[NUM_EXAMPLES]) for each in group]
+        factors = [
+            count / each.metrics.get(LOCAL_NORM, 1.0)
+            for count, each in zip(examples, group, strict=True)
+        ]
         if self._own is None:
-            self._own = PartialSums(start, trained.weights, weight, self.alignment)
+            self._own = PartialSums(start, group[0].weights, factors[0], self.alignment)
             self._parts.append(self._own)
-        self._own.add(start, trained.weights, weight)
-        self._accumulate(self.rest, trained.rest, examples)
-        for name, arrays in trained.extra.items():
-            self._accumulate(self.extra.setdefault(name, {}), arrays, examples)
-        for name, value in metrics.items():
-            if name != NUM_EXAMPLES and isinstance(value, int | float):
-                self.metrics[name] = self.metrics.get(name, 0.0) + examples * value
-        self.clients += 1
-        self.examples += examples
+        self._own.add(start, [each.weights for each in group], factors)
+        for count, trained in zip(examples, group, strict=True):
+            self._accumulate(self.rest, trained.rest, count)
+            for name, arrays in trained.extra.items():
+                self._accumulate(self.extra.setdefault(name, {}), arrays, count)
+            for name, value in trained.metrics.items():
+                if name != NUM_EXAMPLES and isinstance(value, int | float):
+                    self.metrics[name] = self.metrics.get(name, 0.0) + count * value
+            self.clients += 1
+            self.examples += count
 
     def merge(self, other: "CohortSums") -> None:
         """Add another share of the cohort; its vectors are shared with it."""

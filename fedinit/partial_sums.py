@@ -9,12 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedinit.device import full_precision
 
 _TOGETHER = 32  # updates that go through the sums together: one pass through memory serves all
+_GPU_TOGETHER = 128  # likewise on a GPU, where a pass costs its launches
 _ROOM_BYTES = 400 << 20  # that updates may wait in; long ones go through the sums in smaller groups
 _PIECE = 1 << 10  # elements whose squares are added up in their own dtype, and then in float64
 _TINY = 1e-30  # of what is added up in float32, a part may have been too small for it below this
@@ -94,26 +96,41 @@ class PartialSums:
         self.finish()
         return (self._sums[-1], 1.0) if self.weight is None else (self._sums[0], self.weight)
 
-    def add(self, start: Tensor, weights: Tensor, weight: float) -> None:
-        """Add the update of a client that made y of x, with its weight; y may change afterwards."""
+    def add(self, start: Tensor, weights: Sequence[Tensor], factors: Sequence[float]) -> None:
+        """Add the updates of clients that made y of x; what they made may change afterwards.
+
+        Those of several go through together: on a GPU that takes as long as one of them.
+
+        Args:
+            start: x.
+            weights: y of each.
+            factors: w of each.
+        """
         self.found = None
-        width = _width(weights)
-        if self._x is not start:
-            self._x, self._x_blocks = start, start.to(weights.device).split(width)
-        if self._y is not weights:
-            self._y, self._y_blocks = weights, weights.split(width)
+        first, width = weights[0], _width(weights[0])
         if self._room is None:
-            self._room = _Room.of(weights, torch.promote_types(self.dtype, torch.float32))
-        place = self._room.places[len(self._waiting)]
-        for x, y, (update, pieces, norms) in zip(
-            self._x_blocks, self._y_blocks, place, strict=True
-        ):
+            self._room = _Room.of(first, torch.promote_types(self.dtype, torch.float32))
+        if self._x is not start:
+            self._x, self._x_blocks = start, start.to(first.device).split(width)
+        begun = len(self._waiting)
+        left = len(self._room.places) - begun
+        if len(weights) == 1:
+            if self._y is not first:
+                self._y, self._y_blocks = first, first.split(width)
+            place, y_blocks = self._room.places[begun], self._y_blocks
+        else:
+            several = torch.stack(list(weights[:left]))
+            place = self._room.at(slice(begun, begun + len(several)))
+            y_blocks = several.split(width, dim=1)
+        for x, y, (update, pieces, norms) in zip(self._x_blocks, y_blocks, place, strict=True):
             torch.sub(x, y, out=update)
             if self.alignment:  # while it is in the cache
                 torch.linalg.vector_norm(pieces, dim=-1, out=norms)
-        self._waiting.append(weight)
+        self._waiting += factors[:left]
         if len(self._waiting) == len(self._room.places):
             self.finish()
+        if len(weights) > left:
+            self.add(start, weights[left:], factors[left:])
 
     def finish(self) -> None:
         """Let the updates that wait into the sums."""
@@ -127,9 +144,9 @@ class PartialSums:
         updates, factors = room.updates[: len(weights)], [[1.0] * len(weights)]
         if self.alignment:
             squares = _squares(updates, room.norms[: len(weights)])
-            self.moved += int((squares > 0).sum())
-            self.squared_norms += squares.sum().item()
-            factors.append(torch.where(squares > 0, squares.rsqrt(), 0.0).tolist())
+            self.moved += sum(each > 0 for each in squares)
+            self.squared_norms += sum(squares)
+            factors.append([each**-0.5 if each > 0 else 0.0 for each in squares])
         if self.weight is None:
             factors.append(weights)
         by_row = updates.new_tensor(factors)
@@ -171,30 +188,33 @@ class _Room:
     Attributes:
         updates: a row of whole pieces for each; zeros fill the last.
         norms: of their pieces.
-        places: of each row the blocks: the updates', their pieces, and these pieces' norms.
+        places: the blocks of each row.
     """
 
     def __init__(self, weights: Tensor, dtype: torch.dtype) -> None:
-        width, size = _width(weights), len(weights)
+        size = len(weights)
         pieces = -(-size // _PIECE)
         # How many they are depends on the model alone: so, then, do the sums' last digits.
         most = _ROOM_BYTES // (dtype.itemsize * pieces * _PIECE)
-        rows = max(1, min(_TOGETHER, most))
+        rows = max(1, min(_GPU_TOGETHER if weights.is_cuda else _TOGETHER, most))
         self._like = size, dtype, weights.device
         self.updates = weights.new_empty(rows, pieces * _PIECE, dtype=dtype)
         self.updates[:, size:] = 0.0
         self.norms = self.updates.new_empty(rows, pieces)
-        self.places = [
-            list(
-                zip(
-                    updates[:size].split(width),
-                    map(_pieces, updates.split(width)),
-                    norms.split(width // _PIECE),
-                    strict=True,
-                )
+        self.places = [self.at(row) for row in range(rows)]
+
+    def at(self, rows: int | slice) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return the blocks of some rows: the updates', their pieces, and these pieces' norms."""
+        (size, _, _), updates, norms = self._like, self.updates[rows], self.norms[rows]
+        width = _width(updates)
+        return list(
+            zip(
+                updates[..., :size].split(width, dim=-1),
+                map(_pieces, updates.split(width, dim=-1)),
+                norms.split(width // _PIECE, dim=-1),
+                strict=True,
             )
-            for updates, norms in zip(self.updates, self.norms, strict=True)
-        ]
+        )
 
     @staticmethod
     def of(weights: Tensor, dtype: torch.dtype) -> "_Room":
@@ -271,9 +291,9 @@ def _read(
     factor: float = 1.0,
 ) -> list[float]:
     """Return the squared norms of a sum's rows; write the first, times a factor, to `update`."""
-    squares = torch.zeros((), dtype=torch.float64)
+    squares = np.zeros(len(terms[0][0]))
     for number, block in enumerate(_added(terms, dtype)):
-        squares = squares + _squares(block)
+        squares += _squares(block)
         if update is not None:
             place = update[number * _READ_BLOCK :][:_READ_BLOCK]
             torch.mul(block[0, : len(place)], factor, out=place)
@@ -295,14 +315,15 @@ def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return reduce(torch.promote_types, dtypes)
 
 
-def _squares(rows: Tensor, norms: Tensor | None = None) -> Tensor:
+def _squares(rows: Tensor, norms: Tensor | None = None) -> list[float]:
     """Return the squared norms of rows of whole pieces; `norms`: those of the pieces, if known."""
     if norms is None:
         norms = torch.linalg.vector_norm(_pieces(rows), dim=-1)
-    squares = norms.double().square().sum(-1)
-    for place in torch.where((squares > _TINY) & (squares < math.inf), 0, 1).nonzero():
-        row = rows[place].flatten().double()
-        squares[place] = torch.dot(row, row)
+    squares = norms.double().square().sum(-1).tolist()  # a GPU is waited for once
+    for place, found in enumerate(squares):
+        if not _TINY < found < math.inf:
+            row = rows[place].flatten().double()
+            squares[place] = torch.dot(row, row).item()
     return squares
 
 

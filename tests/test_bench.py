@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from experiments.bench.bare_loop import BareLoop
-from experiments.bench.measuring import Contender
+from experiments.bench.measuring import Contender, measure
 from experiments.wiring import Datasets, simulation
 from fedinit.config import make_run
+from fedinit.registry import add_to_path
+from fedinit.simulation import Workers
 from strategies.fedopt import draw_cohort
 
 RUN = {
@@ -80,6 +82,25 @@ def test_a_peer_does_what_ray_grid_does(finals, monkeypatch, peer):
     trained = problem.model.state_dict()
     for name, value in load_file(folder / "final.safetensors").items():
         assert torch.allclose(trained[name], value, rtol=0, atol=1e-6)
+
+
+def test_where_clients_train_as_one_the_same_is_timed_one_by_one(ray_started):
+    """Each beside loops that take turns with it, in every repetition; short rounds have a peak."""
+    here = str(Path(__file__).parent)
+    add_to_path([here])
+    run = make_run(RUN | {"together": 2})
+    with Workers(2, import_path=[here]) as workers:
+        measured = measure(run, workers, 2, note=print)
+    names = ["RayGrid", "bare loop", "tuned loop", "RayGrid, one by one"]
+    assert list(measured.contenders) == names
+    assert measured.run.together == 2
+    floors = measured.floors
+    assert floors["RayGrid"] is measured.contenders["tuned loop"]
+    assert floors["RayGrid, one by one"] is not floors["RayGrid"]
+    for name, timings in measured.contenders.items():
+        assert list(map(len, timings.seconds)) == [3, 3]
+        assert len(timings.ratios(floors[name])) == 2
+        assert timings.peak_bytes > 1 << 20
 
 
 @pytest.mark.slow

@@ -71,11 +71,16 @@ class Timings:
 
 @dataclass
 class Measured:
-    """A workload's contenders by name, and the run as it was settled."""
+    """A workload's contenders by name, and the run as it was settled.
+
+    Attributes:
+        floors: the tuned loop's timings in turn with each contender.
+    """
 
     run: Run
     workers: int
     contenders: dict[str, Timings]
+    floors: dict[str, Timings]
 
 
 class Contender:
@@ -109,7 +114,9 @@ class Contender:
         done = threading.Event()
 
         def sample() -> None:
-            while not done.wait(_SAMPLE_SECONDS):
+            ended = False
+            while not ended:
+                ended = done.wait(_SAMPLE_SECONDS)  # once more at the end: a round may be short
                 found = sum(each.memory_full_info().pss for each in self.processes)
                 self.timings.peak_bytes = max(self.timings.peak_bytes, found)
 
@@ -133,7 +140,7 @@ def measure(
 
     The first round of a repetition warms up and the last, which tests x, is not timed; the very
     last is watched for memory. Where clients are trained as one, each repetition does its rounds
-    once more with clients one by one.
+    once more with clients one by one, in turn with the loops as well.
 
     Args:
         run: what to do; `rounds` are timed in each repetition.
@@ -145,28 +152,32 @@ def measure(
     datasets = Datasets()
     rounds = {"rounds": run.rounds + 2, "evaluate_every": run.rounds + 2}
     prepared = simulation(run.model_copy(update=rounds), datasets).settled(workers, datasets)
+    settled = prepared.run
+    runs = {RAY_GRID: settled, ONE_BY_ONE: settled.model_copy(update={"together": 1})}
+    if runs[ONE_BY_ONE] == settled:
+        del runs[ONE_BY_ONE]
     driver = psutil.Process()
-    ours = Contender(run.cohort, [driver, *driver.children(recursive=True)])
+    processes = [driver, *driver.children(recursive=True)]
     loops = _loops(prepared, workers.number) if with_loops else {}
-    others = {name: Contender(run.cohort, loop.processes) for name, loop in loops.items()}
-    contenders = {RAY_GRID: ours, **others}
-    single = prepared.run.model_copy(update={"together": 1})
-    if single != prepared.run:
-        contenders[ONE_BY_ONE] = Contender(run.cohort, ours.processes)
+    ours = {name: Contender(run.cohort, processes) for name in runs}
+    others = {
+        name: {each: Contender(run.cohort, loop.processes) for each, loop in loops.items()}
+        for name in runs
+    }
     for repetition in range(repetitions):
         note(f"repetition {repetition + 1} of {repetitions}")
-        for each in contenders.values():
-            each.timings.seconds.append([])
-        prepared = simulation(prepared.run, datasets)
-        _take_turns(prepared, prepared.grid(workers, datasets), ours, loops, others)
-        if ONE_BY_ONE in contenders:
-            alone = simulation(single, datasets)
-            _take_turns(alone, alone.grid(workers, datasets), contenders[ONE_BY_ONE], {}, {})
+        for name, each in runs.items():
+            prepared = simulation(each, datasets)
+            grid = prepared.grid(workers, datasets)
+            _take_turns(prepared, grid, ours[name], loops, others[name])
     for loop in loops.values():
         loop.close()
-    return Measured(
-        prepared.run, workers.number, {name: each.timings for name, each in contenders.items()}
-    )
+    timed = {RAY_GRID: ours[RAY_GRID], **others[RAY_GRID], **ours}
+    contenders = {name: each.timings for name, each in timed.items()}
+    floors = {
+        name: others.get(name, others[RAY_GRID])[TUNED].timings for name in timed if with_loops
+    }
+    return Measured(settled, workers.number, contenders, floors)
 
 
 def _loops(prepared: Simulation, processes: int) -> dict[str, BareLoop]:
@@ -187,6 +198,8 @@ def _take_turns(
 ) -> None:
     """Train the run; at the end of each of its rounds the loops do the same round."""
     run = prepared.run
+    for each in (ours, *others.values()):
+        each.timings.seconds.append([])
     with ExitStack() as watched:
 
         def record(line: dict[str, Any], _arrays: ArrayRecord) -> None:

@@ -195,8 +195,8 @@ def _train(
             else:  # one by one: whose failure is it?
                 waiting.extendleft([node] for node in reversed(group))
             continue
+        sums.add_trained(start, *made)
         for node, trained in zip(group, made, strict=True):
-            sums.add_trained(start, trained)
             reply = None if reduce else trained.content(sums.layout, received)
             yield Answer(node, reply, None, None)
 
