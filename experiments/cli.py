@@ -3,8 +3,8 @@
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +15,7 @@ from rich.console import Console
 from fedinit.errors import RequestError, WriteError, one_line, unknown
 
 if TYPE_CHECKING:
+    from experiments.progress import Progress
     from fedinit.experiment_file import Experiment
 
 # Read once, when torch is loaded: large pages for vectors; and a driver's idle threads spin for
@@ -118,12 +119,11 @@ def run(
         return
     progress = Progress(console, len(loaded.runs))
     try:
-        summary = run_experiment(loaded, folder, progress, resume, address)
-    except KeyboardInterrupt as stopped:
+        with _resumable(folder, SUMMARY, progress):
+            summary = run_experiment(loaded, folder, progress, resume, address)
+    except StoppedError:
         if (folder / SUMMARY).exists():
-            progress.note(f"stopped; --out {folder} --resume goes on, with the same file and --set")
-            if isinstance(stopped, StoppedError):
-                _show(console, folder, read_summary(folder))
+            _show(console, folder, read_summary(folder))
         raise
     _show(console, folder, summary)
     if any(row["status"] != DONE for row in summary["runs"]):
@@ -148,7 +148,8 @@ def tune(
     loaded = _load(experiment, settings, preset)
     progress = Progress(console, len(loaded.runs))
     folder = _results_folder(out, resume, loaded.name)
-    rates = tuning.tune(loaded, folder, progress, resume, address)
+    with _resumable(folder, tuning.REQUEST, progress):
+        rates = tuning.tune(loaded, folder, progress, resume, address)
     console.print(f"rates: {rates}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -294,6 +295,17 @@ def _load(experiment: str, settings: list[str] | None, preset: str | None) -> "E
         check_study(loaded.study)
     add_to_path([str(loaded.folder)])
     return loaded
+
+
+@contextmanager
+def _resumable(folder: Path, begun: str, progress: "Progress") -> Iterator[None]:
+    """Say how to go on, where Ctrl-C stops what has written the file `begun` to its folder."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (folder / begun).exists():
+            progress.note(f"stopped; --out {folder} --resume goes on, with the same file and --set")
+        raise
 
 
 def _show(console: Console, folder: Path, summary: dict[str, Any]) -> None:

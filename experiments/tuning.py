@@ -51,7 +51,7 @@ from fedinit.simulation import Workers
 RATES = "rates.yaml"
 _SCORED = 3  # last evaluations, averaged: one alone is noisy when cohorts are small
 _FREE = 2  # trials that are never stopped early; later ones are compared with the median
-_REQUEST, _TRIALS = "request.json", "trials.db"
+REQUEST, _TRIALS = "request.json", "trials.db"
 _FAILURE, _DIVERGED = "failure", "diverged"
 _ANY = optuna.samplers.RandomSampler()  # of a trial's values none is left to draw
 
@@ -163,7 +163,7 @@ def tune(
         ) as workers,
     ):
         _check_folder(out, request, resume)  # again: now nobody else writes to it
-        write_atomically(out / _REQUEST, request.encode())
+        write_atomically(out / REQUEST, request.encode())
         for arm in arms:
             tried = arm.drawn(settings.trials)
             pruner = optuna.pruners.MedianPruner(n_startup_trials=_FREE)
@@ -235,7 +235,7 @@ def _arm(experiment: Experiment, label: str, settings: Tune) -> Arm:
 
 
 def _check_folder(out: Path, request: str, resume: bool) -> None:
-    earlier = out / _REQUEST
+    earlier = out / REQUEST
     if resume and earlier.exists():
         if earlier.read_text(encoding="utf-8") != request:
             raise RequestError(f"--resume: {out} was made with another request; name another --out")

@@ -217,6 +217,32 @@ def test_sums_that_travelled_are_exact_to_the_updates_own_digits(size, examples)
     assert total.mean_pairwise_cosine() == pytest.approx(cosines.mean(), abs=1e-8)
 
 
+@pytest.mark.parametrize("size", [5, 300_000])  # in one block, and in several
+def test_groups_of_clients_go_through_the_sums_together(size):
+    """One alone, then groups of 6, of 33, which there is no room for at once, and of 5, by hand."""
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=(45, size)).astype(np.float32)
+    examples = rng.integers(1, 9, size=45)
+    start, sums = torch.ones(size), CohortSums(Layout.of(torch.nn.Linear(size, 1, bias=False)))
+    clients = [
+        Trained(torch.from_numpy(row), {"num-examples": int(count), "loss": float(count)}, {}, {})
+        for row, count in zip(y, examples, strict=True)
+    ]
+    for first, last in ((0, 1), (1, 7), (7, 40), (40, 45)):
+        sums.add_trained(start, *clients[first:last])
+    updates = 1.0 - y.astype(np.float64)
+    mean = examples @ updates / examples.sum()
+    assert (sums.clients, sums.examples) == (45, examples.sum())
+    assert sums.mean_metrics()["loss"] == pytest.approx((examples**2).sum() / examples.sum())
+    assert np.abs(sums.mean_update().numpy() - mean).max() < 1e-6
+    norms = np.linalg.norm(updates, axis=1)
+    diversity = (norms**2).sum() / (updates.sum(0) ** 2).sum()
+    assert sums.gradient_diversity() == pytest.approx(diversity, rel=1e-6)
+    units = (updates / norms[:, None]).sum(0)
+    cosine = ((units**2).sum() - 45) / (45 * 44)
+    assert sums.mean_pairwise_cosine() == pytest.approx(cosine, abs=1e-7)
+
+
 def test_what_was_found_is_read_anew_once_a_share_is_added():
     """One client's (3, 0, 0), asked for its measures, then another's (0, 4, 0)."""
 
