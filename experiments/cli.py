@@ -1,5 +1,6 @@
 """The command line: fedinit run, tune, pretrain, data, bench, report, list."""
 
+import atexit
 import os
 import sys
 import time
@@ -38,6 +39,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def main() -> None:
+    """Run the command line."""
+    stopped = False
+
+    def end() -> None:
+        """Threads of a Ray that was just starting crash in the end of a Python process."""
+        if stopped:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(STOPPED)
+
+    atexit.register(end)  # the first that is registered is called last
+    try:
+        app()
+    except SystemExit as ended:
+        stopped = ended.code == STOPPED
+        raise
 
 
 def _one_line(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -299,12 +319,12 @@ def _load(experiment: str, settings: list[str] | None, preset: str | None) -> "E
 
 @contextmanager
 def _resumable(folder: Path, begun: str, progress: "Progress") -> Iterator[None]:
-    """Say how to go on, where Ctrl-C stops what has written the file `begun` to its folder."""
+    """Say how to go on, where Ctrl-C stops what writes the file `begun` to its folder first."""
     try:
         yield
     except KeyboardInterrupt:
-        if (folder / begun).exists():
-            progress.note(f"stopped; --out {folder} --resume goes on, with the same file and --set")
+        how = f"--out {folder} --resume goes on, with the same file, --preset and --set"
+        progress.note(f"stopped; {how if (folder / begun).exists() else 'nothing was begun'}")
         raise
 
 

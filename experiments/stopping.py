@@ -49,8 +49,8 @@ class Stop:
     def _take(self, _number: int, _frame: Any) -> None:
         if self._stopping:
             return
-        if self._in_round and not self.requested:
-            self.requested = True
+        again, self.requested = self.requested, True  # wherever Python may lose what is raised
+        if self._in_round and not again:
             # Not print: the signal may come while it is printing.
             os.write(2, b"\nstopping after this round; once more to stop at once\n")
             return

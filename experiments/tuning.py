@@ -33,6 +33,7 @@ from experiments.proxies import check, train_missing
 from experiments.recording import DivergedError
 from experiments.resuming import is_free, results_folder
 from experiments.running import train
+from experiments.stopping import Stop, StoppedError
 from experiments.unread import notes
 from experiments.wiring import Datasets, simulation
 from fedinit.config import CARRYING_OUT, Run, Strict, explain
@@ -51,7 +52,8 @@ from fedinit.simulation import Workers
 RATES = "rates.yaml"
 _SCORED = 3  # last evaluations, averaged: one alone is noisy when cohorts are small
 _FREE = 2  # trials that are never stopped early; later ones are compared with the median
-REQUEST, _TRIALS = "request.json", "trials.db"
+REQUEST = "request.json"
+_TRIALS = "trials.db"
 _FAILURE, _DIVERGED = "failure", "diverged"
 _ANY = optuna.samplers.RandomSampler()  # of a trial's values none is left to draw
 
@@ -138,23 +140,25 @@ def tune(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     settings = _settings(experiment)
     arms = [_arm(experiment, label, settings) for label in experiment.runs]
-    datasets = Datasets()
-    for arm in arms:
-        check(arm.runs[0], datasets)
     described = [
         settings.model_dump(mode="json"),
         *(arm.run.model_dump(mode="json", exclude=set(CARRYING_OUT)) for arm in arms),
     ]
     request = to_json(described, indent=1)
     _check_folder(out, request, resume)
+    datasets = Datasets()
+    for arm in arms:
+        check(arm.runs[0], datasets)
     for text in notes(experiment):
         progress.note(text)
     train_missing((arm.run for arm in arms if not arm.searches_proxy), datasets, progress)
     storage = f"sqlite:///{(out / _TRIALS).resolve()}"
     rules: list[dict[str, Any]] = []
     progress.note("starting the workers")
+    stop = Stop()
     with (
         results_folder(out),
+        stop.caught(),
         Workers(
             number=max((n for arm in arms if (n := arm.run.workers) != "auto"), default=None),
             most=max(arm.run.cohort for arm in arms),
@@ -173,6 +177,8 @@ def tune(
                 )
                 done = [trial.params for trial in _finished(study)]
                 for chosen in (each for each in tried if each not in done):
+                    if stop.requested:
+                        raise StoppedError
                     study.sampler = optuna.samplers.PartialFixedSampler(chosen, _ANY)
                     study.optimize(
                         partial(_score, arm, workers, datasets),

@@ -1,8 +1,8 @@
 """A cohort reduced: the weighted mean of what its clients made, and how their updates align.
 
 The sums are associative, so a cohort may be reduced in one worker, in several, or client by client.
-Memory is some tens of parameter vectors (a few where they are long) for each process that reduces,
-whatever the cohort's size.
+Memory is some tens of parameter vectors (on a GPU a hundred; a few where they are long) for each
+process that reduces, whatever the cohort's size.
 """
 
 import math

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,7 +95,7 @@ class PartialSums:
         self.finish()
         return (self._sums[-1], 1.0) if self.weight is None else (self._sums[0], self.weight)
 
-    def add(self, start: Tensor, weights: Sequence[Tensor], factors: Sequence[float]) -> None:
+    def add(self, start: Tensor, weights: list[Tensor], factors: list[float]) -> None:
         """Add the updates of clients that made y of x; what they made may change afterwards.
 
         Those of several go through together: on a GPU that takes as long as one of them.
@@ -107,30 +106,33 @@ class PartialSums:
             factors: w of each.
         """
         self.found = None
-        first, width = weights[0], _width(weights[0])
-        if self._room is None:
-            self._room = _Room.of(first, torch.promote_types(self.dtype, torch.float32))
-        if self._x is not start:
-            self._x, self._x_blocks = start, start.to(first.device).split(width)
-        begun = len(self._waiting)
-        left = len(self._room.places) - begun
-        if len(weights) == 1:
-            if self._y is not first:
-                self._y, self._y_blocks = first, first.split(width)
-            place, y_blocks = self._room.places[begun], self._y_blocks
-        else:
-            several = torch.stack(list(weights[:left]))
-            place = self._room.at(slice(begun, begun + len(several)))
-            y_blocks = several.split(width, dim=1)
-        for x, y, (update, pieces, norms) in zip(self._x_blocks, y_blocks, place, strict=True):
-            torch.sub(x, y, out=update)
-            if self.alignment:  # while it is in the cache
-                torch.linalg.vector_norm(pieces, dim=-1, out=norms)
-        self._waiting += factors[:left]
-        if len(self._waiting) == len(self._room.places):
-            self.finish()
-        if len(weights) > left:
-            self.add(start, weights[left:], factors[left:])
+        alone = len(weights) == 1
+        while weights:
+            if self._room is None:
+                dtype = torch.promote_types(self.dtype, torch.float32)
+                self._room = _Room.of(weights[0], dtype)
+            room, begun = self._room, len(self._waiting)
+            if self._x is not start:
+                self._x, self._x_blocks = start, room.blocks(start.to(room.updates))
+            free = len(room.places) - begun
+            if alone:
+                if self._y is not weights[0]:
+                    self._y, self._y_blocks = weights[0], room.blocks(weights[0])
+                place, y_blocks = room.places[begun], self._y_blocks
+            else:
+                rows = slice(begun, begun + len(weights[:free]))
+                places = room.updates[rows, : self.size].unbind()
+                torch._foreach_copy_(places, weights[:free])
+                place = room.at(rows)
+                y_blocks = tuple(y for y, _, _ in place)
+            for x, y, (update, pieces, norms) in zip(self._x_blocks, y_blocks, place, strict=True):
+                torch.sub(x, y, out=update)
+                if self.alignment:  # while it is in the cache
+                    torch.linalg.vector_norm(pieces, dim=-1, out=norms)
+            self._waiting += factors[:free]
+            weights, factors = weights[free:], factors[free:]
+            if len(self._waiting) == len(room.places):
+                self.finish()
 
     def finish(self) -> None:
         """Let the updates that wait into the sums."""
@@ -194,7 +196,7 @@ class _Room:
     def __init__(self, weights: Tensor, dtype: torch.dtype) -> None:
         size = len(weights)
         pieces = -(-size // _PIECE)
-        # How many they are depends on the model alone: so, then, do the sums' last digits.
+        # How many they are depends on model and device alone: so, then, do the sums' last digits.
         most = _ROOM_BYTES // (dtype.itemsize * pieces * _PIECE)
         rows = max(1, min(_GPU_TOGETHER if weights.is_cuda else _TOGETHER, most))
         self._like = size, dtype, weights.device
@@ -206,15 +208,19 @@ class _Room:
     def at(self, rows: int | slice) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return the blocks of some rows: the updates', their pieces, and these pieces' norms."""
         (size, _, _), updates, norms = self._like, self.updates[rows], self.norms[rows]
-        width = _width(updates)
         return list(
             zip(
-                updates[..., :size].split(width, dim=-1),
-                map(_pieces, updates.split(width, dim=-1)),
-                norms.split(width // _PIECE, dim=-1),
+                self.blocks(updates[..., :size]),
+                map(_pieces, self.blocks(updates)),
+                norms.split(_width(updates) // _PIECE, dim=-1),
                 strict=True,
             )
         )
+
+    @staticmethod
+    def blocks(vectors: Tensor) -> tuple[Tensor, ...]:
+        """Return vectors block by block."""
+        return vectors.split(_width(vectors), dim=-1)
 
     @staticmethod
     def of(weights: Tensor, dtype: torch.dtype) -> "_Room":
@@ -291,13 +297,13 @@ def _read(
     factor: float = 1.0,
 ) -> list[float]:
     """Return the squared norms of a sum's rows; write the first, times a factor, to `update`."""
-    squares = np.zeros(len(terms[0][0]))
+    squares: list[list[float]] = []
     for number, block in enumerate(_added(terms, dtype)):
-        squares += _squares(block)
+        squares.append(_squares(block))
         if update is not None:
             place = update[number * _READ_BLOCK :][:_READ_BLOCK]
             torch.mul(block[0, : len(place)], factor, out=place)
-    return squares.tolist()
+    return [sum(each) for each in zip(*squares, strict=True)]
 
 
 def _added(terms: Sequence[tuple[Tensor, float]], dtype: torch.dtype) -> Iterator[Tensor]:

@@ -217,18 +217,20 @@ def test_sums_that_travelled_are_exact_to_the_updates_own_digits(size, examples)
     assert total.mean_pairwise_cosine() == pytest.approx(cosines.mean(), abs=1e-8)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("size", [5, 300_000])  # in one block, and in several
-def test_groups_of_clients_go_through_the_sums_together(size):
-    """One alone, then groups of 6, of 33, which there is no room for at once, and of 5, by hand."""
+def test_groups_of_clients_go_through_the_sums_together(size, dtype):
+    """Groups of 6, of 33, which there is no room for at once, one alone, 5, as NumPy sums them."""
     rng = np.random.default_rng(0)
-    y = rng.normal(size=(45, size)).astype(np.float32)
+    y = rng.normal(size=(45, size)).astype(dtype)
     examples = rng.integers(1, 9, size=45)
-    start, sums = torch.ones(size), CohortSums(Layout.of(torch.nn.Linear(size, 1, bias=False)))
+    start = torch.from_numpy(np.ones(size, dtype))
+    sums = CohortSums(Layout.of(torch.nn.Linear(size, 1, bias=False)))
     clients = [
         Trained(torch.from_numpy(row), {"num-examples": int(count), "loss": float(count)}, {}, {})
         for row, count in zip(y, examples, strict=True)
     ]
-    for first, last in ((0, 1), (1, 7), (7, 40), (40, 45)):
+    for first, last in ((0, 6), (6, 39), (39, 40), (40, 45)):
         sums.add_trained(start, *clients[first:last])
     updates = 1.0 - y.astype(np.float64)
     mean = examples @ updates / examples.sum()

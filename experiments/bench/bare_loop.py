@@ -5,6 +5,7 @@ another, on a kept model whose parameters are views of one vector, on the GPU if
 sums in shared memory.
 """
 
+import signal
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
@@ -78,8 +79,8 @@ class BareLoop:
 
     def close(self) -> None:
         """End the processes."""
-        for pipe in self._pipes:
-            pipe.send(None)
+        for each in self.processes:
+            each.kill()  # in mid-round too, after Ctrl-C: there is nothing to keep
         psutil.wait_procs(self.processes)
 
 
@@ -93,6 +94,7 @@ def _work(
     rows: np.ndarray,
     offsets: np.ndarray,
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     problem = build_problem(run, FederatedDataset(*columns[:2], None, *columns[2:])).on(device())
@@ -102,7 +104,8 @@ def _work(
     flat = _flat(parameters)
     pipe.send(flat.cpu())
     sums = total if flat.is_cpu else torch.zeros_like(flat)
-    while (share := pipe.recv()) is not None:
+    while True:
+        share = pipe.recv()
         sums.zero_()
         for client in share:
             flat.copy_(x)

@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -34,6 +34,7 @@ class Timings:
         cpu_seconds: of all of its processes and of the driver's, over all timed rounds.
         driver_seconds: CPU seconds of the driver's process alone, over the same.
         peak_bytes: of all of its processes together, shared pages counted once (PSS).
+        floor: what the tuned loop needed in turn with it; None where no loop took part.
     """
 
     updates: int
@@ -41,6 +42,7 @@ class Timings:
     cpu_seconds: float = 0.0
     driver_seconds: float = 0.0
     peak_bytes: int = 0
+    floor: "Timings | None" = None
 
     @property
     def round_seconds(self) -> float:
@@ -52,9 +54,10 @@ class Timings:
         """Client updates of all timed rounds."""
         return self.updates * sum(map(len, self.seconds))
 
-    def ratios(self, floor: "Timings") -> list[float]:
-        """For each repetition the median ratio of rounds done in turn."""
-        pairs = zip(self.seconds, floor.seconds, strict=True)
+    @property
+    def ratios(self) -> list[float]:
+        """For each repetition the median ratio to the floor, of rounds done in turn."""
+        pairs = zip(self.seconds, self.floor.seconds if self.floor else [], strict=True)
         return [median(a / b for a, b in zip(ours, theirs, strict=True)) for ours, theirs in pairs]
 
     def record(self) -> dict[str, Any]:
@@ -66,21 +69,18 @@ class Timings:
             "cpu_seconds_per_update": self.cpu_seconds / self.timed_updates,
             "driver_cpu_seconds_per_update": self.driver_seconds / self.timed_updates,
             "peak_bytes": self.peak_bytes,
+            "floor_seconds": self.floor.seconds if self.floor else None,
+            "ratios": self.ratios if self.floor else None,
         }
 
 
 @dataclass
 class Measured:
-    """A workload's contenders by name, and the run as it was settled.
-
-    Attributes:
-        floors: the tuned loop's timings in turn with each contender.
-    """
+    """A workload's contenders by name, and the run as it was settled."""
 
     run: Run
     workers: int
     contenders: dict[str, Timings]
-    floors: dict[str, Timings]
 
 
 class Contender:
@@ -117,8 +117,9 @@ class Contender:
             ended = False
             while not ended:
                 ended = done.wait(_SAMPLE_SECONDS)  # once more at the end: a round may be short
-                found = sum(each.memory_full_info().pss for each in self.processes)
-                self.timings.peak_bytes = max(self.timings.peak_bytes, found)
+                with suppress(psutil.NoSuchProcess):  # stopped by Ctrl-C, say
+                    found = sum(each.memory_full_info().pss for each in self.processes)
+                    self.timings.peak_bytes = max(self.timings.peak_bytes, found)
 
         thread = threading.Thread(target=sample)
         thread.start()
@@ -140,7 +141,7 @@ def measure(
 
     The first round of a repetition warms up and the last, which tests x, is not timed; the very
     last is watched for memory. Where clients are trained as one, each repetition does its rounds
-    once more with clients one by one, in turn with the loops as well.
+    once more with clients one by one, in turn with the tuned loop as well.
 
     Args:
         run: what to do; `rounds` are timed in each repetition.
@@ -153,31 +154,24 @@ def measure(
     rounds = {"rounds": run.rounds + 2, "evaluate_every": run.rounds + 2}
     prepared = simulation(run.model_copy(update=rounds), datasets).settled(workers, datasets)
     settled = prepared.run
-    runs = {RAY_GRID: settled, ONE_BY_ONE: settled.model_copy(update={"together": 1})}
-    if runs[ONE_BY_ONE] == settled:
-        del runs[ONE_BY_ONE]
     driver = psutil.Process()
     processes = [driver, *driver.children(recursive=True)]
-    loops = _loops(prepared, workers.number) if with_loops else {}
-    ours = {name: Contender(run.cohort, processes) for name in runs}
-    others = {
-        name: {each: Contender(run.cohort, loop.processes) for each, loop in loops.items()}
-        for name in runs
-    }
-    for repetition in range(repetitions):
-        note(f"repetition {repetition + 1} of {repetitions}")
-        for name, each in runs.items():
-            prepared = simulation(each, datasets)
-            grid = prepared.grid(workers, datasets)
-            _take_turns(prepared, grid, ours[name], loops, others[name])
-    for loop in loops.values():
-        loop.close()
-    timed = {RAY_GRID: ours[RAY_GRID], **others[RAY_GRID], **ours}
-    contenders = {name: each.timings for name, each in timed.items()}
-    floors = {
-        name: others.get(name, others[RAY_GRID])[TUNED].timings for name in timed if with_loops
-    }
-    return Measured(settled, workers.number, contenders, floors)
+    with ExitStack() as ending:
+        loops = _loops(prepared, workers.number) if with_loops else {}
+        for loop in loops.values():
+            ending.callback(loop.close)
+        turns = {RAY_GRID: _Turn(settled, processes, loops)}
+        if settled.together != 1:
+            single = settled.model_copy(update={"together": 1})
+            turns[ONE_BY_ONE] = _Turn(single, processes, {TUNED: loops[TUNED]} if loops else {})
+        for repetition in range(repetitions):
+            note(f"repetition {repetition + 1} of {repetitions}")
+            for turn in turns.values():
+                prepared = simulation(turn.run, datasets)
+                turn.take(prepared, prepared.grid(workers, datasets))
+    timed = {RAY_GRID: turns[RAY_GRID].ours, **turns[RAY_GRID].others}
+    timed |= {name: turn.ours for name, turn in turns.items()}
+    return Measured(settled, workers.number, {name: each.timings for name, each in timed.items()})
 
 
 def _loops(prepared: Simulation, processes: int) -> dict[str, BareLoop]:
@@ -189,37 +183,54 @@ def _loops(prepared: Simulation, processes: int) -> dict[str, BareLoop]:
     }
 
 
-def _take_turns(
-    prepared: Simulation,
-    grid: RayGrid,
-    ours: Contender,
-    loops: dict[str, BareLoop],
-    others: dict[str, Contender],
-) -> None:
-    """Train the run; at the end of each of its rounds the loops do the same round."""
-    run = prepared.run
-    for each in (ours, *others.values()):
-        each.timings.seconds.append([])
-    with ExitStack() as watched:
+class _Turn:
+    """A run through RayGrid; at the end of each of its rounds the loops do the same round.
 
-        def record(line: dict[str, Any], _arrays: ArrayRecord) -> None:
-            number = line["round"]
-            timed = 2 <= number < run.rounds
-            if timed:
-                ours.end()
-            watched.close()
-            cohort = draw_cohort(run.seed, number, prepared.clients, run.cohort)
-            for name, loop in loops.items():
-                with others[name].watching_memory() if number == run.rounds else nullcontext():
-                    others[name].begin()
-                    loop.round(cohort)
-                    if timed:
-                        others[name].end()
-            if number == run.rounds - 1:
-                watched.enter_context(ours.watching_memory())
-            ours.begin()
+    Args:
+        run: the run.
+        processes: RayGrid's.
+        loops: by name.
 
-        train(prepared, grid, record)
+    Attributes:
+        run: the run.
+        ours, others: RayGrid as a contender, and the loops.
+    """
+
+    def __init__(
+        self, run: Run, processes: list[psutil.Process], loops: dict[str, BareLoop]
+    ) -> None:
+        self.run = run
+        self._loops = loops
+        self.ours = Contender(run.cohort, processes)
+        self.others = {name: Contender(run.cohort, each.processes) for name, each in loops.items()}
+        for each in (self.ours, *self.others.values()) if loops else ():
+            each.timings.floor = self.others[TUNED].timings
+
+    def take(self, prepared: Simulation, grid: RayGrid) -> None:
+        """Train the run, from its initialization."""
+        run, ours, others = prepared.run, self.ours, self.others
+        for each in (ours, *others.values()):
+            each.timings.seconds.append([])
+        with ExitStack() as watched:
+
+            def record(line: dict[str, Any], _arrays: ArrayRecord) -> None:
+                number = line["round"]
+                timed = 2 <= number < run.rounds
+                if timed:
+                    ours.end()
+                watched.close()
+                cohort = draw_cohort(run.seed, number, prepared.clients, run.cohort)
+                for name, loop in self._loops.items():
+                    with others[name].watching_memory() if number == run.rounds else nullcontext():
+                        others[name].begin()
+                        loop.round(cohort)
+                        if timed:
+                            others[name].end()
+                if number == run.rounds - 1:
+                    watched.enter_context(ours.watching_memory())
+                ours.begin()
+
+            train(prepared, grid, record)
 
 
 def _clocks() -> tuple[float, float]:
