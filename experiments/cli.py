@@ -46,7 +46,7 @@ def main() -> None:
     stopped = False
 
     def end() -> None:
-        """Threads of a Ray that was just starting crash in the end of a Python process."""
+        """End at once: threads of a Ray that was just starting would crash in Python's own end."""
         if stopped:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -324,7 +324,7 @@ def _resumable(folder: Path, begun: str, progress: "Progress") -> Iterator[None]
         yield
     except KeyboardInterrupt:
         how = f"--out {folder} --resume goes on, with the same file, --preset and --set"
-        progress.note(f"stopped; {how if (folder / begun).exists() else 'nothing was begun'}")
+        progress.note(f"stopped; {how if (folder / begun).exists() else f'{folder} holds no run'}")
         raise
 
 

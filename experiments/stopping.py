@@ -49,7 +49,7 @@ class Stop:
     def _take(self, _number: int, _frame: Any) -> None:
         if self._stopping:
             return
-        again, self.requested = self.requested, True  # wherever Python may lose what is raised
+        again, self.requested = self.requested, True  # Python may lose what is raised here
         if self._in_round and not again:
             # Not print: the signal may come while it is printing.
             os.write(2, b"\nstopping after this round; once more to stop at once\n")

@@ -153,12 +153,10 @@ class PartialSums:
             factors.append(weights)
         by_row = updates.new_tensor(factors)
         with full_precision():
-            first, width = not len(self._sums), _width(updates)
+            first = not len(self._sums)
             shape = len(by_row), updates.shape[1]
             self._sums = updates.new_empty(shape) if first else self._sums.double()
-            for sums, block in zip(
-                self._sums.split(width, dim=1), updates.split(width, dim=1), strict=True
-            ):
+            for sums, block in zip(room.blocks(self._sums), room.blocks(updates), strict=True):
                 if first:  # block by block, too: a long product takes half as long again
                     torch.mm(by_row, block, out=sums)
                 else:

@@ -56,8 +56,8 @@ class Timings:
 
     @property
     def ratios(self) -> list[float]:
-        """For each repetition the median ratio to the floor, of rounds done in turn."""
-        pairs = zip(self.seconds, self.floor.seconds if self.floor else [], strict=True)
+        """For each repetition the median ratio to the floor, of rounds done in turn, if any."""
+        pairs = zip(self.seconds, self.floor.seconds, strict=True) if self.floor else ()
         return [median(a / b for a, b in zip(ours, theirs, strict=True)) for ours, theirs in pairs]
 
     def record(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Timings:
             "driver_cpu_seconds_per_update": self.driver_seconds / self.timed_updates,
             "peak_bytes": self.peak_bytes,
             "floor_seconds": self.floor.seconds if self.floor else None,
-            "ratios": self.ratios if self.floor else None,
+            "ratios": self.ratios,
         }
 
 
