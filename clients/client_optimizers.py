@@ -188,7 +188,6 @@ def _sgd_step(training: Training, mu: float = 0.0) -> Callable[[], None]:
     anchors = workspace.layout.views(workspace.start) if mu else []
     velocities: dict[int, Tensor] = {}
 
-    @torch.no_grad()
     def step() -> None:
         used = [index for index, each in enumerate(workspace.parameters) if each.grad is not None]
         points = [workspace.parameters[index] for index in used]

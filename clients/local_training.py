@@ -60,8 +60,8 @@ class Workspace:
         compact = recurrent and self._vector.is_cuda
         self._apart: list[tuple[Tensor, Tensor]] = []  # the others, with their places
         for parameter, place in zip(self.parameters, self.layout.views(self._vector), strict=True):
-            if parameter.stride() == place.stride() and not compact:
-                parameter.data = place
+            if parameter.is_contiguous() and not compact:  # strides of size one may be any
+                parameter.data = place.as_strided(place.shape, parameter.stride())
             else:
                 self._apart.append((parameter.detach(), place))
         self._frozen = [
@@ -156,29 +156,43 @@ class _Place:
 
 
 class LocalDraws(NamedTuple):
-    """A client's rows, and what it draws in a round: a function of the seed, round and client.
+    """A client's rows, and what it draws in a round.
 
     Attributes:
         rows: in their own order.
         seed: of what its model draws, as dropout does.
-        orders: the rows in the order of each local epoch, once; the first of them is drawn ahead.
+        epochs: the batches of each local epoch, as row numbers on the device, once; those of the
+            first are made ahead.
     """
 
     rows: np.ndarray
     seed: int
-    orders: Iterator[np.ndarray]
+    epochs: Iterator[Sequence[Tensor]]
 
     @classmethod
     def of(cls, run: Run, server_round: int, client: int, rows: np.ndarray) -> "LocalDraws":
         """Return the draws of a client with these rows."""
-        rng = keyed(Draw.LOCAL_TRAINING, run.seed, server_round, client)
-        seed = torch_seed(rng)
+        seed, orders = draw_orders(run, server_round, client, rows)
+        size = run.client.batch_size
+        first = batches(next(orders), size)
+        return cls(rows, seed, chain([first], (batches(order, size) for order in orders)))
 
-        def order() -> np.ndarray:
-            return rng.permutation(rows) if run.client.shuffle else rows
 
-        later = range(local_epochs(run, server_round, client) - 1)
-        return cls(rows, seed, chain([order()], (order() for _ in later)))
+def draw_orders(
+    run: Run, server_round: int, client: int, rows: np.ndarray
+) -> tuple[int, Iterator[np.ndarray]]:
+    """Draw a client's seed, and its rows in the order of each local epoch.
+
+    They are a function of the run's seed, the round and the client.
+    """
+    rng = keyed(Draw.LOCAL_TRAINING, run.seed, server_round, client)
+    seed, epochs = torch_seed(rng), local_epochs(run, server_round, client)
+    return seed, (rng.permutation(rows) if run.client.shuffle else rows for _ in range(epochs))
+
+
+def batches(rows: np.ndarray, size: int) -> Sequence[Tensor]:
+    """Split row numbers into batches, on the device; the last may be small."""
+    return torch.from_numpy(rows).to(device()).split(size)
 
 
 @dataclass
@@ -213,16 +227,17 @@ class LocalTraining:
             model.train()
 
     def descend(self, step: Callable[[], None]) -> None:
-        """Compute the gradients of each batch, bound their norm, and call `step`.
+        """Compute the gradients of each batch, bound their norm, and call `step`, unrecorded.
 
         The last batch of an epoch may be small.
         """
-        for order in self.draws.orders:
-            for rows in self._batches(order):
+        for epoch in self.draws.epochs:
+            for rows in epoch:
                 self._clear_gradients()
                 self._losses(rows).mean().backward()
                 self._bound_gradients()
-                step()
+                with torch.no_grad():
+                    step()
                 self.steps[0] += 1
 
     def full_gradient(self, count: bool = True) -> Tensor:
@@ -236,7 +251,7 @@ class LocalTraining:
         """
         self._clear_gradients()
         with nullcontext() if count else self.workspace.without_trace():
-            for rows in self._batches(self.draws.rows):
+            for rows in batches(self.draws.rows, self.run.client.batch_size):
                 losses = self._losses(rows, count)
                 (losses.sum() / len(self.draws.rows)).backward()
         self._bound_gradients()
@@ -256,9 +271,6 @@ class LocalTraining:
         if self.correct is not None:
             means["train-accuracy"] = float(self.correct) / max(1.0, float(self.targets_seen))
         return [{"num-examples": len(self.draws.rows), **means}]
-
-    def _batches(self, order: np.ndarray) -> Sequence[Tensor]:
-        return torch.from_numpy(order).to(device()).split(self.run.client.batch_size)
 
     def _bound_gradients(self) -> None:
         bound = self.run.client.max_grad_norm

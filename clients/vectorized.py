@@ -16,6 +16,7 @@ from clients.local_training import (
     LocalDraws,
     LocalTraining,
     Workspace,
+    draw_orders,
     local_steps,
 )
 from fedinit.config import Run
@@ -170,7 +171,7 @@ class GroupTraining:
         self._problem.model.train()
 
     def descend(self, step: Callable[[], None]) -> None:
-        """Compute the gradients of each batch, bound their norm, and call `step`."""
+        """Compute the gradients of each batch, bound their norm, and call `step`, unrecorded."""
         batches = Batches(map(self._orders, self._clients, self._rows), self.run.client.batch_size)
         self.steps = batches.steps
         self._examples_seen += batches.counts.sum(0)
@@ -183,7 +184,8 @@ class GroupTraining:
             means = counted.to(losses.dtype) / batches.counts[number, :active, None]
             (losses * means).sum().backward()
             self._bound_gradients()
-            step()
+            with torch.no_grad():
+                step()
 
     def full_gradient(self, count: bool = True) -> Tensor:
         """Return the gradient of each client's mean loss at x, as vectors (clients, size).
@@ -261,7 +263,8 @@ class GroupTraining:
         return losses
 
     def _orders(self, client: int, rows: np.ndarray) -> list[np.ndarray]:
-        return list(LocalDraws.of(self.run, self._server_round, client, rows).orders)
+        _, orders = draw_orders(self.run, self._server_round, client, rows)
+        return list(orders)
 
 
 def losses_as_one(
