@@ -182,6 +182,7 @@ def accumulated_norm(settings: Client, steps: int) -> float:
 def _sgd_step(training: Training, mu: float = 0.0) -> Callable[[], None]:
     """Return a step of SGD, d = g + mu (y - x) + decay y; v = momentum v + d; y -= lr v.
 
+    It is called under no_grad: decorated, it would be wrapped anew for each client.
     torch.optim.SGD does the same; its bookkeeping is 5% of a small model's step.
     """
     settings, workspace = training.run.client, training.workspace

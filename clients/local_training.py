@@ -60,7 +60,8 @@ class Workspace:
         compact = recurrent and self._vector.is_cuda
         self._apart: list[tuple[Tensor, Tensor]] = []  # the others, with their places
         for parameter, place in zip(self.parameters, self.layout.views(self._vector), strict=True):
-            if parameter.is_contiguous() and not compact:  # strides of size one may be any
+            # Row-major but for strides of dimensions of one, which tell kernels of channels_last.
+            if parameter.is_contiguous() and not compact:
                 parameter.data = place.as_strided(place.shape, parameter.stride())
             else:
                 self._apart.append((parameter.detach(), place))
@@ -161,38 +162,37 @@ class LocalDraws(NamedTuple):
     Attributes:
         rows: in their own order.
         seed: of what its model draws, as dropout does.
-        epochs: the batches of each local epoch, as row numbers on the device, once; those of the
-            first are made ahead.
+        orders: the rows in the order of each local epoch, on the device, once; the first of them
+            is made ahead.
     """
 
     rows: np.ndarray
     seed: int
-    epochs: Iterator[Sequence[Tensor]]
+    orders: Iterator[Tensor]
 
     @classmethod
     def of(cls, run: Run, server_round: int, client: int, rows: np.ndarray) -> "LocalDraws":
         """Return the draws of a client with these rows."""
-        seed, orders = draw_orders(run, server_round, client, rows)
-        size = run.client.batch_size
-        first = batches(next(orders), size)
-        return cls(rows, seed, chain([first], (batches(order, size) for order in orders)))
+        seed, drawn = draw_orders(run, server_round, client, rows)
+        orders = map(_on_device, drawn)
+        return cls(rows, seed, chain([next(orders)], orders))
 
 
 def draw_orders(
     run: Run, server_round: int, client: int, rows: np.ndarray
 ) -> tuple[int, Iterator[np.ndarray]]:
-    """Draw a client's seed, and its rows in the order of each local epoch.
+    """Return the seed of what a client's model draws, and its rows in each local epoch's order.
 
-    They are a function of the run's seed, the round and the client.
+    The orders are drawn as they are read, once. All is a function of the run's seed, the round and
+    the client.
     """
     rng = keyed(Draw.LOCAL_TRAINING, run.seed, server_round, client)
-    seed, epochs = torch_seed(rng), local_epochs(run, server_round, client)
-    return seed, (rng.permutation(rows) if run.client.shuffle else rows for _ in range(epochs))
+    seed, epochs = torch_seed(rng), range(local_epochs(run, server_round, client))
+    return seed, (rng.permutation(rows) if run.client.shuffle else rows for _ in epochs)
 
 
-def batches(rows: np.ndarray, size: int) -> Sequence[Tensor]:
-    """Split row numbers into batches, on the device; the last may be small."""
-    return torch.from_numpy(rows).to(device()).split(size)
+def _on_device(rows: np.ndarray) -> Tensor:
+    return torch.from_numpy(rows).to(device())
 
 
 @dataclass
@@ -227,12 +227,12 @@ class LocalTraining:
             model.train()
 
     def descend(self, step: Callable[[], None]) -> None:
-        """Compute the gradients of each batch, bound their norm, and call `step`, unrecorded.
+        """Compute the gradients of each batch, bound their norm, and call `step` under no_grad.
 
         The last batch of an epoch may be small.
         """
-        for epoch in self.draws.epochs:
-            for rows in epoch:
+        for order in self.draws.orders:
+            for rows in self._batches(order):
                 self._clear_gradients()
                 self._losses(rows).mean().backward()
                 self._bound_gradients()
@@ -251,7 +251,7 @@ class LocalTraining:
         """
         self._clear_gradients()
         with nullcontext() if count else self.workspace.without_trace():
-            for rows in batches(self.draws.rows, self.run.client.batch_size):
+            for rows in self._batches(_on_device(self.draws.rows)):
                 losses = self._losses(rows, count)
                 (losses.sum() / len(self.draws.rows)).backward()
         self._bound_gradients()
@@ -271,6 +271,11 @@ class LocalTraining:
         if self.correct is not None:
             means["train-accuracy"] = float(self.correct) / max(1.0, float(self.targets_seen))
         return [{"num-examples": len(self.draws.rows), **means}]
+
+    def _batches(self, order: Tensor) -> Sequence[Tensor]:
+        """Split rows into batches; a single one is left as it is: small clients take just one."""
+        size = self.run.client.batch_size
+        return [order] if len(order) <= size else order.split(size)
 
     def _bound_gradients(self) -> None:
         bound = self.run.client.max_grad_norm

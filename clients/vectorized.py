@@ -171,7 +171,7 @@ class GroupTraining:
         self._problem.model.train()
 
     def descend(self, step: Callable[[], None]) -> None:
-        """Compute the gradients of each batch, bound their norm, and call `step`, unrecorded."""
+        """Compute the gradients of each batch, bound their norm, and call `step` under no_grad."""
         batches = Batches(map(self._orders, self._clients, self._rows), self.run.client.batch_size)
         self.steps = batches.steps
         self._examples_seen += batches.counts.sum(0)

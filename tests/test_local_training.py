@@ -69,6 +69,28 @@ def test_frozen_arrays_are_loaded_and_not_sent_back():
     assert set(workspace.rest()) == {f"1.{name}" for name, _ in model[1].named_buffers()}
 
 
+def test_what_lies_row_major_in_channels_last_too_is_no_copy():
+    """Of the weights (out, in, height, width) those with in = 1 or 1x1 are; what it lies as stays.
+
+    An array apart is a copy, whose changes the vector has only when it is asked for.
+    """
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 3))
+    layout = Layout.of(model)
+    workspace = Workspace(Problem(gaussians(), model, cross_entropy, layout), torch.channels_last)
+    vector = workspace.weights()
+    together = [each.weight.untyped_storage().data_ptr() == vector.data_ptr() for each in model]
+    assert together == [True, True, False]
+    lies = [each.weight.is_contiguous(memory_format=torch.channels_last) for each in model]
+    assert lies == [True, True, True]
+    assert model[0].weight.stride() == (9, 1, 3, 1)
+    with torch.no_grad():
+        for number, each in enumerate(model):
+            each.weight.fill_(number + 1)
+            each.bias.zero_()
+    expected = [1] * 36 + [0] * 4 + [2] * 16 + [0] * 4 + [3] * 72 + [0] * 2
+    assert workspace.weights().tolist() == expected
+
+
 @pytest.mark.parametrize(
     ("momentum", "lr", "mu", "steps", "norm"),
     [
