@@ -122,7 +122,6 @@ def test_ray_runs_nothing_that_is_not_asked_for():
     """Twice in one process: what is left runs, as nice as the driver, and ends."""
     code = """
 import os
-import time
 from contextlib import suppress
 import psutil
 from fedinit.simulation import Workers
@@ -130,20 +129,20 @@ from fedinit.simulation import Workers
 def running():
     for each in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # one that has just ended
-            yield " ".join(each.cmdline())
+            yield each.pid, " ".join(each.cmdline())
 
 for _ in range(2):
     with Workers(1) as workers:
-        assert workers.measure("niceness", lambda: os.nice(0)) == os.nice(0)
-        while "ray::Worker" not in (found := "\\n".join(running())):
-            time.sleep(0.05)  # its command line was read while it wrote the title
-        print(found)
+        pid, niceness = workers.measure("process", lambda: (os.getpid(), os.nice(0)))
+        assert niceness == os.nice(0)
+        found = dict(running())
+        assert pid in found  # by number: once in fifty times Ray gives it no title
+        print(*found.values(), sep="\\n")
     assert not psutil.Process().children(recursive=True)
 """
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ray::Worker") == 2
     assert "raylet" in done.stdout
     assert not re.search(r"monitor\.py|dashboard\.py", done.stdout)
 

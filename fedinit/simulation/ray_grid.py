@@ -8,7 +8,7 @@ with one reply.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -23,7 +23,7 @@ from fedinit.cohort import ARRAYS, CohortSums
 from fedinit.parameters import Layout, size_in_bytes
 from fedinit.simulation.failures import Failures
 from fedinit.simulation.flower_internals import Run, claim_identity, new_run, number
-from fedinit.simulation.worker import Answer, Assignment, Content, Share, Task
+from fedinit.simulation.worker import Answer, Assignment, Content, Mailing, Share
 from fedinit.simulation.workers import DIED, Workers, why_died
 
 _DEATHS = 3  # of workers, on the same share, that end a run
@@ -131,16 +131,15 @@ class RayGrid(Grid):
             raise ValueError(f"messages must go to distinct nodes of 0..{self._num_clients - 1}")
         for message in sent:
             number(message, str(next(self._message_ids)))
-        contents = self._store(sent)
+        contents = self._store(sent)  # by id
         starts = {id(message.content.get(ARRAYS)) for message in sent}
         reduce = self._reduce is not None and len(starts) == 1
         work = [self._expected_work(message) for message in sent]
         for worker, share in enumerate(assign(work, self._workers.number)):
             chosen = {sent[index].metadata.dst_node_id: sent[index] for index in share}
             if chosen:
-                tasks = [self._task(message) for message in chosen.values()]
-                used = {task.content: contents[task.content] for task in tasks}
-                assignment = Assignment(tasks, used, self._layout, reduce)
+                mailings = self._mailings(chosen, contents)
+                assignment = Assignment(mailings, self._layout, reduce)
                 self._start(_Sent(worker, next(self._places), chosen, assignment))
         return [message.metadata.message_id for message in sent]
 
@@ -208,10 +207,25 @@ class RayGrid(Grid):
                 contents[key][name] = values[id(record)]
         return contents
 
-    def _task(self, message: Message) -> Task:
-        to = message.metadata
-        state = self._states.get(to.dst_node_id)
-        return Task(to.dst_node_id, to.message_type, to.group_id, id(message.content), state)
+    def _mailings(
+        self, messages: Mapping[int, Message], contents: Mapping[int, Content]
+    ) -> list[Mailing]:
+        """Put messages by node together that are alike."""
+        alike: dict[tuple[int, str, str], list[int]] = {}
+        for node, message in messages.items():
+            to = message.metadata
+            key = id(message.content), to.message_type, to.group_id
+            alike.setdefault(key, []).append(node)
+        return [
+            Mailing(
+                contents[content],
+                message_type,
+                group_id,
+                nodes,
+                {node: self._states[node] for node in nodes if node in self._states},
+            )
+            for (content, message_type, group_id), nodes in alike.items()
+        ]
 
     def _start(self, sent: _Sent) -> None:
         self._under_way[self._workers.run(sent.worker, sent.assignment)] = sent

@@ -1,8 +1,7 @@
 """A worker: one process that runs its share of the virtual clients, one by one or many as one."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import ray
@@ -20,34 +19,38 @@ from fedinit.simulation.flower_internals import RUN_ID, claim_identity
 Content = dict[str, Any]
 
 
-class Task(NamedTuple):
-    """One message to one virtual client."""
+class Mailing(NamedTuple):
+    """Messages to virtual clients, alike but for their nodes.
 
-    node_id: int
+    Attributes:
+        content, message_type, group_id: what all of them have.
+        nodes: where they go.
+        states: that nodes have; not every node has one.
+    """
+
+    content: Content
     message_type: str
     group_id: str
-    content: int
-    state: RecordDict | None
+    nodes: list[int]
+    states: dict[int, RecordDict]
 
 
 class Assignment(NamedTuple):
     """A worker's share of the messages.
 
     Attributes:
-        tasks: the messages.
-        contents: the distinct contents that they refer to.
+        mailings: the messages.
         layout: sums over the updates of train messages are kept if it is given.
         reduce: leave the contents of train messages' replies out: the sums say their mean.
     """
 
-    tasks: list[Task]
-    contents: Mapping[int, Content]
+    mailings: list[Mailing]
     layout: Layout | None
     reduce: bool
 
 
 class Answer(NamedTuple):
-    """What came of a task: the reply's content, or why there is none; and a state that is kept."""
+    """What came of a message: the reply's content, or why there is none; a state that is kept."""
 
     node_id: int
     content: RecordDict | None
@@ -64,7 +67,7 @@ class Share(NamedTuple):
     """What a worker made of its share.
 
     Attributes:
-        answers: one for each task, but for those that left nothing beside what is in the sums.
+        answers: one for each message, but for those that left nothing beside what is in the sums.
         sums: over the updates of its train messages.
         reduced: the first node whose content is in the sums alone.
     """
@@ -116,61 +119,62 @@ class Worker:
 
     def run(self, assignment: Assignment) -> Share:
         """Answer each message."""
-        tasks, contents, layout, reduce = assignment
-        received = _fetch(contents)
+        mailings, layout, reduce = assignment
         answers: list[Answer] = []
         sums = None if layout is None else CohortSums(layout)
-        for (key, kind), alike in groupby(tasks, lambda task: (task.content, task.message_type)):
-            content = received[key]
-            training = kind.startswith(MessageType.TRAIN)
+        for mailing in mailings:
+            content, nodes = _fetched(mailing.content), mailing.nodes
+            training = mailing.message_type.startswith(MessageType.TRAIN)
             if sums is None or not training or not isinstance(content.get(ARRAYS), ArrayRecord):
-                answers += [self._answer(task, content) for task in alike]
+                answers += [self._answer(node, mailing, content) for node in nodes]
             elif isinstance(self._app, TrainsGroups):
-                nodes = [task.node_id for task in alike]
                 answers += _train(self._app, nodes, content, sums, reduce)
             else:
-                answers += [self._summed(task, content, sums, reduce) for task in alike]
+                answers += [self._summed(node, mailing, content, sums, reduce) for node in nodes]
         if sums is not None and not sums.clients:
             sums = None
         reduced = next((each.node_id for each in answers if each.reduced), None)
         telling = [each for each in answers if not each.reduced or each.state is not None]
         return Share(telling, sums, reduced)
 
-    def _summed(self, task: Task, content: RecordDict, sums: CohortSums, reduce: bool) -> Answer:
-        answer = self._answer(task, content)
+    def _summed(
+        self, node: int, mailing: Mailing, content: RecordDict, sums: CohortSums, reduce: bool
+    ) -> Answer:
+        answer = self._answer(node, mailing, content)
         if not _usual(answer.content):
             return answer
         try:
             sums.add(sums.layout.flatten(content.array_records[ARRAYS]), answer.content)
         except Exception as error:  # a reply that does not fit is its client's failure
-            return _failed(task.node_id, error)
+            return _failed(node, error)
         return answer._replace(content=None) if reduce else answer
 
-    def _answer(self, task: Task, content: RecordDict) -> Answer:
+    def _answer(self, node: int, mailing: Mailing, content: RecordDict) -> Answer:
         # A copy of each record: an app may change its message without changing the next client's.
         own = RecordDict({name: record.copy() for name, record in content.items()})
         message = Message(
             own,
-            dst_node_id=task.node_id,
-            message_type=task.message_type,
-            group_id=task.group_id,
+            dst_node_id=node,
+            message_type=mailing.message_type,
+            group_id=mailing.group_id,
         )
+        before = mailing.states.get(node)
         context = Context(
             run_id=RUN_ID,
-            node_id=task.node_id,
-            node_config={"partition-id": task.node_id, "num-partitions": self._num_clients},
-            state=task.state or RecordDict(),
+            node_id=node,
+            node_config={"partition-id": node, "num-partitions": self._num_clients},
+            state=before or RecordDict(),
             run_config={},
         )
         try:
             reply = self._app(message, context)
         except Exception as error:  # whatever a ClientApp raises; the driver says which client
-            return _failed(task.node_id, error)
-        kept = len(context.state) or task.state is not None  # one that is emptied now, too
+            return _failed(node, error)
+        kept = len(context.state) or before is not None  # one that is emptied now, too
         state = context.state if kept else None
         if reply.has_error():
-            return Answer(task.node_id, None, reply.error.reason or "no reason given", state)
-        return Answer(task.node_id, reply.content, None, state)
+            return Answer(node, None, reply.error.reason or "no reason given", state)
+        return Answer(node, reply.content, None, state)
 
 
 def _train(
@@ -210,14 +214,11 @@ def _usual(reply: RecordDict | None) -> TypeGuard[RecordDict]:
     return reply is not None and ARRAYS in reply and METRICS in reply
 
 
-def _fetch(contents: Mapping[int, Content]) -> dict[int, RecordDict]:
+def _fetched(content: Content) -> RecordDict:
     """Resolve the references; what they refer to stays in shared memory. Nothing is decoded."""
-    return {
-        key: RecordDict(
-            {
-                name: ray.get(record) if isinstance(record, ray.ObjectRef) else record
-                for name, record in content.items()
-            }
-        )
-        for key, content in contents.items()
-    }
+    return RecordDict(
+        {
+            name: ray.get(record) if isinstance(record, ray.ObjectRef) else record
+            for name, record in content.items()
+        }
+    )
