@@ -102,6 +102,9 @@ class FedOpt(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Form D from the replies and step.
 
+        The replies' arrays are taken out of them, as Flower's loop holds on to the replies while
+        the next round's are made: the room of these, in Ray's store, can then be theirs.
+
         Raises:
             RuntimeError: a client failed, and survivors are not to be averaged; or none replied.
         """
@@ -111,6 +114,7 @@ class FedOpt(Strategy):
         for reply in sorted(replies, key=lambda each: each.metadata.src_node_id):
             if not reply.has_error():
                 sums.add(start, reply.content)
+                reply.content.array_records.clear()
                 continue
             failed = failed or f"node {reply.metadata.src_node_id} failed: {reply.error.reason}"
             if not self.skip_failed:

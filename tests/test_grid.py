@@ -1,6 +1,8 @@
 """RayGrid with a ClientApp that is not ours."""
 
+import gc
 import time
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -243,3 +245,17 @@ def test_x_keeps_its_dtype_whatever_clients_reply_in(workers, optimizer):
     step = 0.5 if optimizer is torch.optim.SGD else 1.0
     assert arrays["w"].numpy().dtype == np.float32
     assert arrays["w"].numpy().tolist() == pytest.approx([1 + step, 2 + step, 3 + step])
+
+
+def test_what_workers_summed_is_let_go_though_flowers_loop_keeps_the_replies(workers):
+    grid = RayGrid(workers, in_float64, num_clients=2, layout=layout(), reduce=torch.float64)
+    strategy = FedOpt(partial(torch.optim.SGD, lr=1.0), layout(), cohort=2, clients=2)
+    x = layout().record(torch.tensor([1.0, 2.0, 3.0]), {})
+    replies = grid.send_and_receive(strategy.configure_train(1, x, ConfigRecord(), grid))
+    summed = [weakref.ref(each.content["arrays"].sums) for each in replies]
+    assert len(summed) == 2
+    strategy.aggregate_train(1, replies)
+    grid.take_sums()
+    gc.collect()
+    assert [each() for each in summed] == [None, None]
+    assert [each.content["metrics"]["num-examples"] for each in replies] == [1, 1]
