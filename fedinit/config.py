@@ -159,6 +159,11 @@ class Run(Strict):
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     together: PositiveInt | Literal["auto"] = "auto"
 
+    @property
+    def trains_own_code(self) -> bool:
+        """Whether a client's steps go through the user's code: a model or a loss of their own."""
+        return ":" in self.model or ":" in self.loss
+
 
 # How a run is carried out, not what it is: --resume may change these.
 CARRYING_OUT = ("checkpoint_every", "workers")

@@ -40,13 +40,18 @@ def torch_seed(rng: np.random.Generator) -> int:
 
 
 def seed_all(seed: int) -> None:
-    """Seed what models and strategies draw from: torch's, NumPy's and Python's own generators.
+    """Seed what models and strategies draw from: torch's, NumPy's and Python's own generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    seed_torch(seed)
+
+
+def seed_torch(seed: int) -> None:
+    """Seed torch's generators.
 
     Not by torch.manual_seed: while no GPU is in use it writes down its caller's stack, 0.1 ms each
     time, and some milliseconds where that is not in the caches.
     """
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
     if _has_gpu():
         torch.cuda.manual_seed_all(seed)

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from clients.client_optimizers import accumulated_norm
-from clients.local_training import Workspace
-from fedinit.config import Client
+from clients.local_training import LocalDraws, LocalTraining, Workspace
+from fedinit.config import Client, Run
 from fedinit.parameters import Layout
 from fedinit.problem import Problem, cross_entropy
 from fedinit.randomness import draws_undone, seed_all
@@ -43,6 +43,22 @@ def test_what_a_model_draws_does_not_depend_on_who_trained_before(finals):
     (two,) = finals(settings | {"workers": 2}, "two").values()
     assert numbers(one) == numbers(again)
     assert difference(one, two) < 1e-12
+
+
+@pytest.mark.parametrize("own", [{}, {"model": "plugged_in:Noisy"}, {"loss": "plugged_in:scores"}])
+def test_other_generators_than_torchs_are_seeded_for_ones_own_code(own):
+    run = Run(**{"dataset": "plugged_in:gaussians", "model": "linear"} | own)
+    model = nn.Linear(2, 3)
+    workspace = Workspace(
+        Problem(gaussians(), model, cross_entropy, Layout.of(model)), torch.preserve_format
+    )
+    with draws_undone():
+        seed_all(4)
+        LocalTraining(workspace, run, LocalDraws(np.arange(3), 5, iter(())))
+        drawn = random.random(), np.random.random()
+        assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(5)))
+    seed = 5 if own else 4
+    assert drawn == (random.Random(seed).random(), np.random.RandomState(seed).random_sample())
 
 
 def test_draws_are_undone():
