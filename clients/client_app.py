@@ -56,7 +56,7 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
 
     Args:
         run: the run's settings.
-        problem: data set, model and loss.
+        problem: data set, model and loss, as the run names them.
         base_optimizer: the server's optimizer at the client's rate, for mimelite.
 
     Returns:

@@ -95,8 +95,8 @@ class CohortSums:
         metrics: dict[str, Any] = dict(reply[METRICS])
         extra = {
             name: {key: tensor(value) for key, value in record.items()}
-            for name, record in reply.array_records.items()
-            if name != ARRAYS
+            for name, record in reply.items()
+            if name != ARRAYS and isinstance(record, ArrayRecord)
         }
         weights, rest = self.layout.flatten(arrays), self.layout.rest(arrays)
         self.add_trained(start, Trained(weights, metrics, rest, extra))

@@ -102,8 +102,8 @@ class FedOpt(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Form D from the replies and step.
 
-        The replies' arrays are taken out of them, as Flower's loop holds on to the replies while
-        the next round's are made: the room of these, in Ray's store, can then be theirs.
+        The replies' arrays are taken out of them: Flower's loop keeps the replies while those of
+        the next round are made, which can then have their room in Ray's store.
 
         Raises:
             RuntimeError: a client failed, and survivors are not to be averaged; or none replied.
@@ -111,16 +111,21 @@ class FedOpt(Strategy):
         start = self.layout.flatten(self._arrays)
         sums = CohortSums(self.layout, alignment=False)
         failed = ""
-        for reply in sorted(replies, key=lambda each: each.metadata.src_node_id):
+        replies = sorted(replies, key=lambda each: each.metadata.src_node_id)
+        for reply in replies:
             if not reply.has_error():
                 sums.add(start, reply.content)
-                reply.content.array_records.clear()
                 continue
             failed = failed or f"node {reply.metadata.src_node_id} failed: {reply.error.reason}"
             if not self.skip_failed:
                 raise RuntimeError(f"round {server_round}: {failed}")
         if not sums.clients:
             raise RuntimeError(f"round {server_round}: no client survived; {failed or 'no reply'}")
+        for reply in replies:
+            for name in list(reply.content) if reply.has_content() else ():
+                # Not by `array_records`, which keeps them in a cycle of its own.
+                if isinstance(reply.content[name], ArrayRecord):
+                    del reply.content[name]
         with threads_for(len(start)):
             point = self._step(start, sums)
         rest = sums.mean_rest(self.layout.rest(self._arrays))

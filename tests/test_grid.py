@@ -247,15 +247,23 @@ def test_x_keeps_its_dtype_whatever_clients_reply_in(workers, optimizer):
     assert arrays["w"].numpy().tolist() == pytest.approx([1 + step, 2 + step, 3 + step])
 
 
-def test_what_workers_summed_is_let_go_though_flowers_loop_keeps_the_replies(workers):
-    grid = RayGrid(workers, in_float64, num_clients=2, layout=layout(), reduce=torch.float64)
+@pytest.mark.parametrize("reduce", [torch.float64, None])
+def test_a_rounds_arrays_are_let_go_though_flowers_loop_keeps_the_replies(workers, reduce):
+    """At once, and not when Python looks for cycles next."""
+    grid = RayGrid(workers, in_float64, num_clients=2, layout=layout(), reduce=reduce)
     strategy = FedOpt(partial(torch.optim.SGD, lr=1.0), layout(), cohort=2, clients=2)
     x = layout().record(torch.tensor([1.0, 2.0, 3.0]), {})
     replies = grid.send_and_receive(strategy.configure_train(1, x, ConfigRecord(), grid))
-    summed = [weakref.ref(each.content["arrays"].sums) for each in replies]
-    assert len(summed) == 2
-    strategy.aggregate_train(1, replies)
-    grid.take_sums()
-    gc.collect()
-    assert [each() for each in summed] == [None, None]
+    gc.disable()
+    try:
+        arrays = [each.content["arrays"] for each in replies]
+        summed = [part for each in arrays if reduce for part in each.sums._parts]
+        kept = [weakref.ref(each) for each in (*arrays, *summed)]
+        assert len(kept) == (4 if reduce else 2)
+        del arrays, summed
+        strategy.aggregate_train(1, replies)
+        grid.take_sums()
+        assert not any(each() for each in kept)
+    finally:
+        gc.enable()
     assert [each.content["metrics"]["num-examples"] for each in replies] == [1, 1]

@@ -131,7 +131,7 @@ class RayGrid(Grid):
             raise ValueError(f"messages must go to distinct nodes of 0..{self._num_clients - 1}")
         for message in sent:
             number(message, str(next(self._message_ids)))
-        contents = self._store(sent)  # by id
+        contents = self._store(sent)
         starts = {id(message.content.get(ARRAYS)) for message in sent}
         reduce = self._reduce is not None and len(starts) == 1
         work = [self._expected_work(message) for message in sent]
@@ -210,7 +210,7 @@ class RayGrid(Grid):
     def _mailings(
         self, messages: Mapping[int, Message], contents: Mapping[int, Content]
     ) -> list[Mailing]:
-        """Put messages by node together that are alike."""
+        """Return messages, given by node, with those together that are alike."""
         alike: dict[tuple[int, str, str], list[int]] = {}
         for node, message in messages.items():
             to = message.metadata

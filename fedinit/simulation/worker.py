@@ -25,7 +25,7 @@ class Mailing(NamedTuple):
     Attributes:
         content, message_type, group_id: what all of them have.
         nodes: where they go.
-        states: that nodes have; not every node has one.
+        states: by node, of those that have one.
     """
 
     content: Content
