@@ -21,6 +21,15 @@ ARRAYS, METRICS, NUM_EXAMPLES = "arrays", "metrics", "num-examples"
 LOCAL_NORM = "local-norm"  # metric of a client whose update counts as D_i / a_i (FedNova)
 
 
+def array_records(content: RecordDict) -> dict[str, ArrayRecord]:
+    """Return a content's ArrayRecords by name.
+
+    Those of Flower's property of that name stay in memory, with a cycle of its own, until Python
+    next looks for cycles.
+    """
+    return {name: each for name, each in content.items() if isinstance(each, ArrayRecord)}
+
+
 class Trained(NamedTuple):
     """What a client makes of x in a round, in whatever form it travels.
 
@@ -95,8 +104,8 @@ class CohortSums:
         metrics: dict[str, Any] = dict(reply[METRICS])
         extra = {
             name: {key: tensor(value) for key, value in record.items()}
-            for name, record in reply.items()
-            if name != ARRAYS and isinstance(record, ArrayRecord)
+            for name, record in array_records(reply).items()
+            if name != ARRAYS
         }
         weights, rest = self.layout.flatten(arrays), self.layout.rest(arrays)
         self.add_trained(start, Trained(weights, metrics, rest, extra))

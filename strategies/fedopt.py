@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from clients.client_optimizers import OptimizerFactory
-from fedinit.cohort import ARRAYS, CohortSums
+from fedinit.cohort import ARRAYS, CohortSums, array_records
 from fedinit.device import threads_for
 from fedinit.parameters import Array, Layout
 from fedinit.randomness import Draw, keyed
@@ -121,11 +121,9 @@ class FedOpt(Strategy):
                 raise RuntimeError(f"round {server_round}: {failed}")
         if not sums.clients:
             raise RuntimeError(f"round {server_round}: no client survived; {failed or 'no reply'}")
-        for reply in replies:
-            for name in list(reply.content) if reply.has_content() else ():
-                # Not by `array_records`, which keeps them in a cycle of its own.
-                if isinstance(reply.content[name], ArrayRecord):
-                    del reply.content[name]
+        for content in [each.content for each in replies if each.has_content()]:
+            for name in array_records(content):
+                del content[name]
         with threads_for(len(start)):
             point = self._step(start, sums)
         rest = sums.mean_rest(self.layout.rest(self._arrays))
