@@ -23,7 +23,7 @@ from clients.client_optimizers import (
 from clients.local_training import LocalDraws, Workspace
 from clients.memory_format import MEMORY_FORMATS
 from clients.vectorized import groups, make_training
-from fedinit.cohort import ARRAYS, METRICS, Trained, TrainGroup
+from fedinit.cohort import ARRAYS, METRICS, Trained, TrainGroup, array_records
 from fedinit.config import Run
 from fedinit.measurements.evaluation import evaluate
 from fedinit.problem import Problem
@@ -88,7 +88,7 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
         as_told, client_optimizer = told(None if mu is None else float(mu))  # type: ignore[arg-type]
         state = content.get(SERVER_STATE)
         server = ServerState(base_optimizer, state) if isinstance(state, ArrayRecord) else None
-        arrays = content.array_records[ARRAYS]
+        arrays = array_records(content)[ARRAYS]
         owners = problem.dataset.owners
         dealt = groups(run, owners.sizes, server_round, clients)
         # Made one by one, between trainings that fill the caches, they take five times as long.
@@ -112,7 +112,7 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
     def train(message: Message, context: Context) -> Message:
         [group], train_group = deal_training(message.content, [_client(context)])
         [trained] = train_group(group)
-        content = trained.content(problem.layout, message.content.array_records[ARRAYS])
+        content = trained.content(problem.layout, array_records(message.content)[ARRAYS])
         return Message(content, reply_to=message)
 
     def evaluated(message: Message, batches: Iterator[tuple[Tensor, Tensor]]) -> Message:

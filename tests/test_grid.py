@@ -158,11 +158,11 @@ def test_contents_go_along_or_by_the_store(workers, monkeypatch, inline, puts):
     store = ray.put
     monkeypatch.setattr(workers, "inline_bytes", inline)
     monkeypatch.setattr(ray, "put", put)
+    grid = RayGrid(workers, counting_app, num_clients=5)
     messages = train_messages([0, 1, 2, 3, 4])
     unknown = ArrayRecord({"own": FlowerArray(dtype="", shape=(), stype="own", data=b"1234")})
     messages[0].content["further"] = unknown
     assert size_in_bytes(unknown) == 4
-    grid = RayGrid(workers, counting_app, num_clients=5)
     replies = grid.send_and_receive(messages)
     assert [reply.content["arrays"]["w"].numpy()[0] for reply in replies] == [1, 2, 3, 4, 5]
     assert len(stored) == puts

@@ -19,7 +19,7 @@ from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedinit.cohort import ARRAYS, CohortSums
+from fedinit.cohort import ARRAYS, CohortSums, array_records
 from fedinit.parameters import Layout, size_in_bytes
 from fedinit.simulation.failures import Failures
 from fedinit.simulation.flower_internals import Run, claim_identity, new_run, number
@@ -200,7 +200,7 @@ class RayGrid(Grid):
             if key in contents:
                 continue
             contents[key] = dict(message.content)
-            for name, record in message.content.array_records.items():
+            for name, record in array_records(message.content).items():
                 if id(record) not in values:
                     large = size_in_bytes(record) > most
                     values[id(record)] = ray.put(record) if large else record
@@ -294,7 +294,7 @@ class RayGrid(Grid):
     def _receive_mean(self, message: Message, sums: CohortSums | None) -> None:
         """Let one reply stand for all that a worker summed."""
         if sums is not None and self._reduce is not None:
-            start = message.content.array_records[ARRAYS]
+            start = array_records(message.content)[ARRAYS]
             self._reply(message, sums.reply(start, self._reduce))
 
     def _reply(self, message: Message, content: RecordDict) -> None:

@@ -9,7 +9,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedinit.cohort import ARRAYS, METRICS, CohortSums, TrainGroup
+from fedinit.cohort import ARRAYS, METRICS, CohortSums, TrainGroup, array_records
 from fedinit.errors import located
 from fedinit.parameters import Layout
 from fedinit.registry import add_to_path
@@ -144,7 +144,7 @@ class Worker:
         if not _usual(answer.content):
             return answer
         try:
-            sums.add(sums.layout.flatten(content.array_records[ARRAYS]), answer.content)
+            sums.add(sums.layout.flatten(array_records(content)[ARRAYS]), answer.content)
         except Exception as error:  # a reply that does not fit is its client's failure
             return _failed(node, error)
         return answer._replace(content=None) if reduce else answer
@@ -181,7 +181,7 @@ def _train(
     app: TrainsGroups, nodes: Sequence[int], content: RecordDict, sums: CohortSums, reduce: bool
 ) -> Iterator[Answer]:
     """Train clients into the sums, without messages of their own."""
-    received = content.array_records[ARRAYS]
+    received = array_records(content)[ARRAYS]
     start = sums.layout.flatten(received)
     try:
         groups, train_group = app.deal_training(content, nodes)
