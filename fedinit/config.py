@@ -250,9 +250,18 @@ def explain(error: ValidationError, known: Iterable[str], section: str = "") -> 
         return unknown_key(key, known)
     if first["type"] == "missing":
         return RequestError(f"{key}: required key is missing")
-    while key not in known and "." in key:  # pydantic adds which of a key's types it tried
+    reasons = [first["msg"]]
+    *place, last = first["loc"]
+    if key not in known and isinstance(last, str):  # which of a key's types: the others' follow
+        reasons += [
+            each["msg"].removeprefix("Input should be ")
+            for each in error.errors()[1:]
+            if [*each["loc"][:-1]] == place
+        ]
+    while key not in known and "." in key:  # a type's name, or a place in a list
         key = key.rpartition(".")[0]
     one = first["type"] in ("int_type", "float_type", "string_type", "bool_type")
     listed = one and not section and isinstance(first["input"], list)
     several = f"; several values: grid: {{{key}: [...]}}" if listed else ""
-    return RequestError(f"{key}: {one_line(first['msg'])}, got {first['input']!r}{several}")
+    expected = one_line(" or ".join(reasons))
+    return RequestError(f"{key}: {expected}, got {first['input']!r}{several}")

@@ -151,8 +151,9 @@ class Layout:
         """Lay out a model; the parameters with `requires_grad` are the trainable ones.
 
         Raises:
-            RequestError: nothing is trainable, the trainable parameters differ in dtype, one
-                has no shape yet, or an array's dtype is none of NumPy's, and so of Flower's.
+            RequestError: nothing is trainable, the trainable parameters differ in dtype or are
+                complex, one has no shape yet, or an array's dtype is none of NumPy's, and so of
+                Flower's.
         """
         parameters = dict(model.named_parameters())
         for name, value in parameters.items():
@@ -165,6 +166,8 @@ class Layout:
         if len(dtypes) != 1:
             found = ", ".join(sorted(map(str, dtypes))) or "no trainable parameter"
             raise RequestError(f"model: trainable parameters must have one dtype, found {found}")
+        if (dtype := dtypes.pop()).is_complex:
+            raise RequestError(f"model: trainable parameters must be real numbers, found {dtype}")
         named = parameters | dict(model.named_buffers())
         arrays = {name: value for name, value in model.state_dict().items() if name in named}
         for name, value in arrays.items():

@@ -92,8 +92,8 @@ def dropout_classifier(num_classes: int) -> nn.Module:
 dropout_classifier.head = "3"
 
 
-def bfloat16_classifier(num_classes: int) -> nn.Module:
-    return nn.Linear(8, num_classes).bfloat16()
+def linear_classifier(num_classes: int, dtype: str) -> nn.Module:
+    return nn.Linear(8, num_classes, dtype=getattr(torch, dtype))
 
 
 def small_classifier(num_classes: int) -> nn.Module:

@@ -42,6 +42,7 @@ CASES = {
         {"grid": {"cohort": [1, 2]}, "when": [{"match": {}, "set": {"cohort": 3}}]},
         ["grid: cohort", "a rule changes", "cohort=1"],
     ),
+    "neither a number nor auto": ({"together": "two"}, ["together: ", "integer or 'auto', got"]),
     "workers: none": ({"workers": 0}, ["workers: ", "greater than 0"]),
     "malformed preset": ({"presets": [1]}, ["presets", "name"]),
     "unknown study": ({"study": "rankin"}, ["study", "'rankin'", "mean 'ranking'?"]),
@@ -145,8 +146,12 @@ CASES = {
     ),
     "a cnn of numbers": ({"model": "cnn"}, ["model: cnn reads images", "not (8,)"]),
     "a parameter that NumPy lacks": (
-        {"model": "plugged_in:bfloat16_classifier"},
+        {"model": "plugged_in:linear_classifier", "model_args": {"dtype": "bfloat16"}},
         ["model: 'weight' is torch.bfloat16", "arrays cannot hold"],
+    ),
+    "complex weights": (
+        {"model": "plugged_in:linear_classifier", "model_args": {"dtype": "complex64"}},
+        ["model: trainable parameters must be real numbers, found torch.complex64"],
     ),
     "a column that is a list": (
         {"dataset": "plugged_in:listed"},

@@ -171,7 +171,8 @@ def measure(
                 turn.take(prepared, prepared.grid(workers, datasets))
     timed = {RAY_GRID: turns[RAY_GRID].ours, **turns[RAY_GRID].others}
     timed |= {name: turn.ours for name, turn in turns.items()}
-    return Measured(settled, workers.number, {name: each.timings for name, each in timed.items()})
+    asked = settled.model_copy(update={name: getattr(run, name) for name in rounds})
+    return Measured(asked, workers.number, {name: each.timings for name, each in timed.items()})
 
 
 def _loops(prepared: Simulation, processes: int) -> dict[str, BareLoop]:
