@@ -83,8 +83,8 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
     def deal_training(
         content: RecordDict, clients: Sequence[int]
     ) -> tuple[list[list[int]], TrainGroup]:
-        server_round = _server_round(content)
-        mu = content.config_records[CONFIG].get(PROXIMAL_MU)
+        config = _config(content)
+        server_round, mu = int(config["server-round"]), config.get(PROXIMAL_MU)  # type: ignore[arg-type]
         as_told, client_optimizer = told(None if mu is None else float(mu))  # type: ignore[arg-type]
         state = content.get(SERVER_STATE)
         server = ServerState(base_optimizer, state) if isinstance(state, ArrayRecord) else None
@@ -130,7 +130,8 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
 
     @app.evaluate("test")
     def evaluate_test(message: Message, _context: Context) -> Message:
-        config, rows = message.content.config_records[CONFIG], problem.dataset.test_size
+        config: ConfigRecord = message.content[CONFIG]  # type: ignore[assignment]
+        rows = problem.dataset.test_size
         part, parts = int(config["part"]), int(config["parts"])  # type: ignore[arg-type]
         first, last = rows * part // parts, rows * (part + 1) // parts
         return evaluated(
@@ -144,11 +145,12 @@ def make_client_app(run: Run, problem: Problem, base_optimizer: OptimizerFactory
     return app
 
 
-def _server_round(content: RecordDict) -> int:
+def _config(content: RecordDict) -> ConfigRecord:
+    """Return a train message's config."""
     config = content.get(CONFIG)
     if not isinstance(config, ConfigRecord) or "server-round" not in config:
         raise ValueError("the message's config has no 'server-round', which keys the shuffles")
-    return int(config["server-round"])  # type: ignore[arg-type]
+    return config
 
 
 def _client(context: Context) -> int:

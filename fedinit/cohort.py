@@ -24,8 +24,8 @@ LOCAL_NORM = "local-norm"  # metric of a client whose update counts as D_i / a_i
 def array_records(content: RecordDict) -> dict[str, ArrayRecord]:
     """Return a content's ArrayRecords by name.
 
-    Those of Flower's property of that name stay in memory, with a cycle of its own, until Python
-    next looks for cycles.
+    Flower's properties, this one's namesake and the others, return a dict that refers to itself
+    and to the content: that stays in memory, with its arrays, until Python next looks for cycles.
     """
     return {name: each for name, each in content.items() if isinstance(each, ArrayRecord)}
 

@@ -248,12 +248,12 @@ def explain(error: ValidationError, known: Iterable[str], section: str = "") -> 
     key = above + ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return unknown_key(key, known)
-    if first["type"] == "missing":
+    *place, last = first["loc"] or ("",)
+    if first["type"] == "missing" and isinstance(last, str):
         return RequestError(f"{key}: required key is missing")
-    reasons = [first["msg"]]
-    *place, last = first["loc"]
-    if key not in known and isinstance(last, str):  # which of a key's types: the others' follow
-        reasons += [
+    reasons = ["a value is missing" if first["type"] == "missing" else first["msg"]]
+    if key not in known and isinstance(last, str) and first["type"] != "invalid_key":
+        reasons += [  # `last` is one of the key's types; the errors of the others follow
             each["msg"].removeprefix("Input should be ")
             for each in error.errors()[1:]
             if [*each["loc"][:-1]] == place

@@ -31,6 +31,7 @@ class FedOpt(Strategy):
     """x <- SERVEROPT(x, D) with D the mean of the cohort's updates, weighted by their examples.
 
     Only trainable arrays are stepped; float buffers take the weighted mean, integers are copied.
+    Of a round's replies the metrics stay: a subclass reads their arrays before `aggregate_train`.
 
     Args:
         server_optimizer: builds the server optimizer, a `torch.optim.Optimizer`, over the vector x.
@@ -88,8 +89,8 @@ class FedOpt(Strategy):
             time.sleep(0.1)  # under Flower's runtime the nodes register one by one
         self._arrays = arrays
         chosen = draw_cohort(self.seed, server_round, len(nodes), self.cohort)
-        content = RecordDict({ARRAYS: arrays, "config": ConfigRecord(dict(config))})
-        content.config_records["config"]["server-round"] = server_round
+        told = ConfigRecord({**config, "server-round": server_round})
+        content = RecordDict({ARRAYS: arrays, "config": told})
         if self.share_state:
             content["server-state"] = self._state(self.layout.flatten(arrays))
         return [

@@ -43,6 +43,11 @@ CASES = {
         ["grid: cohort", "a rule changes", "cohort=1"],
     ),
     "neither a number nor auto": ({"together": "two"}, ["together: ", "integer or 'auto', got"]),
+    "keys that are no text": (
+        {"client": {None: 1, 1.5: 2}},
+        ["client: Keys should be strings, got"],
+    ),
+    "one beta": ({"server": {"betas": [0.9]}}, ["server.betas: a value is missing, got [0.9]"]),
     "workers: none": ({"workers": 0}, ["workers: ", "greater than 0"]),
     "malformed preset": ({"presets": [1]}, ["presets", "name"]),
     "unknown study": ({"study": "rankin"}, ["study", "'rankin'", "mean 'ranking'?"]),

@@ -56,9 +56,9 @@ def workers(ray_started):
         yield started
 
 
-def train_messages(nodes: list[int], **config: int) -> list[Message]:
+def train_messages(nodes: list[int], first: float = 1.0, **config: int) -> list[Message]:
     arrays = ArrayRecord()
-    arrays["w"] = Array(np.array([1.0, 2.0, 3.0]))
+    arrays["w"] = Array(first + np.arange(3.0))
     content = RecordDict({"arrays": arrays, "config": ConfigRecord(dict(config))})
     return [Message(content, dst_node_id=node, message_type="train") for node in nodes]
 
@@ -74,6 +74,22 @@ def test_one_reply_for_each_client_and_states_that_persist(workers):
             assert reply.content["metrics"]["seen"] == count
             assert reply.content["arrays"]["w"].numpy().tolist() == [1 + node, 2 + node, 3 + node]
     assert grid.take_sums() is None  # nothing is measured without a layout
+
+
+@pytest.mark.parametrize("reduce", [torch.float64, None])
+def test_contents_that_alternate_on_a_worker_reach_their_nodes(workers, reduce):
+    """Node k adds k with weight k + 1, to 1 if it is even and to 11 if it is odd."""
+    grid = RayGrid(workers, counting_app, num_clients=12, layout=layout(), reduce=reduce)
+    even, odd = range(0, 12, 2), range(1, 12, 2)
+    messages = [*train_messages([*even]), *train_messages([*odd], first=11.0)]
+    replies = list(grid.send_and_receive(messages))
+    for node, reply in enumerate(replies):
+        first = node + (11 if node % 2 else 1)
+        assert reply.metadata.src_node_id == node
+        assert reply.content["arrays"]["w"].numpy().tolist() == [first, first + 1, first + 2]
+    assert len(replies) == 12  # from two contents no mean is formed
+    mean = -sum(k * (k + 1) for k in range(12)) / sum(range(1, 13))
+    assert grid.take_sums().mean_update().tolist() == pytest.approx([mean] * 3)
 
 
 def test_a_node_gets_one_message_at_a_time(workers):
@@ -249,13 +265,17 @@ def test_x_keeps_its_dtype_whatever_clients_reply_in(workers, optimizer):
 
 @pytest.mark.parametrize("reduce", [torch.float64, None])
 def test_a_rounds_arrays_are_let_go_though_flowers_loop_keeps_the_replies(workers, reduce):
-    """At once, and not when Python looks for cycles next."""
+    """What was sent, too; at once, and not when Python looks for cycles next."""
     grid = RayGrid(workers, in_float64, num_clients=2, layout=layout(), reduce=reduce)
     strategy = FedOpt(partial(torch.optim.SGD, lr=1.0), layout(), cohort=2, clients=2)
     x = layout().record(torch.tensor([1.0, 2.0, 3.0]), {})
-    replies = grid.send_and_receive(strategy.configure_train(1, x, ConfigRecord(), grid))
     gc.disable()
     try:
+        messages = list(strategy.configure_train(1, x, ConfigRecord(), grid))
+        sent = weakref.ref(messages[0].content)
+        replies = grid.send_and_receive(messages)
+        del messages
+        assert sent() is None
         arrays = [each.content["arrays"] for each in replies]
         summed = [part for each in arrays if reduce for part in each.sums._parts]
         kept = [weakref.ref(each) for each in (*arrays, *summed)]

@@ -76,7 +76,7 @@ class Timings:
 
 @dataclass
 class Measured:
-    """A workload's contenders by name, and the run as it was settled."""
+    """A workload's contenders by name, and the run as it was settled, with the rounds it asks."""
 
     run: Run
     workers: int
