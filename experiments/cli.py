@@ -266,9 +266,9 @@ def bench(
 ) -> None:
     """Time rounds through RayGrid beside those of a bare PyTorch loop; write DIR/bench.json.
 
-    The bare loop does the same rounds with as many processes: as PyTorch comes, and tuned with our
-    workers' settings. So do pfl-research and BlazeFL, as they come, where they are installed.
-    Nothing else should be running on the machine.
+    The bare loop trains the same cohorts by SGD and averages, with as many processes: as PyTorch
+    comes, and tuned with our workers' settings. So do pfl-research and BlazeFL, as they come, where
+    they are installed. Nothing else should be running on the machine.
     """
     from experiments.bench import command
 

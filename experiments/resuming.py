@@ -140,7 +140,7 @@ class Checkpoints:
 def results_folder(out: Path) -> Iterator[None]:
     """Make a folder and keep every other process out of it.
 
-    What was made goes again if the request is refused before anything was written.
+    What was made goes again if the request is refused, or stopped, before anything was written.
 
     Raises:
         RequestError: it cannot be made or written to, or another process is at work in it.
@@ -158,7 +158,7 @@ def results_folder(out: Path) -> Iterator[None]:
             raise RequestError(f"--out {out}: {error.strerror}") from None
         try:
             yield
-        except RequestError:
+        except (RequestError, KeyboardInterrupt):
             if is_free(out):
                 (out / LOCK).unlink()
                 if made:

@@ -89,8 +89,7 @@ def run_experiment(
                 ):
                     for label, run in alike.items():
                         _begin_summary(out, experiment)
-                        with stop.caught():  # again: Ray takes SIGTERM for itself
-                            _carry_out(run, label, out, workers, datasets, progress, stop)
+                        _carry_out(run, label, out, workers, datasets, progress, stop)
                         summarize(out, experiment)
                         if stop.requested:
                             raise StoppedError

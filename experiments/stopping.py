@@ -28,7 +28,7 @@ class Stop:
 
     @contextmanager
     def caught(self, in_round: bool = False) -> Iterator[None]:
-        """Catch the signals; to be entered again where somebody else, as Ray does, took them.
+        """Catch the signals.
 
         Args:
             in_round: whether there is a round to finish; otherwise the first signal stops at once.

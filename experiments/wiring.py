@@ -1,5 +1,6 @@
 """From a run's settings to the parts that carry it out, every one of them checked on the way."""
 
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -288,13 +289,13 @@ def make_strategy(run: Run, problem: Problem) -> Strategy:
         "min_evaluate_nodes": 0,
         "min_available_nodes": clients,
     }
-    strategy = call(
-        "strategy", resolve("strategy", run.strategy, STRATEGIES), run.strategy_args, **offered
-    )
+    strategy = resolve("strategy", run.strategy, STRATEGIES)
+    if not inspect.isclass(strategy) or issubclass(strategy, Strategy):
+        strategy = call("strategy", strategy, run.strategy_args, **offered)
     if not isinstance(strategy, Strategy):
+        kind = getattr(strategy, "__name__", type(strategy).__name__)
         raise RequestError(
-            f"strategy: '{run.strategy}' is a {type(strategy).__name__}, expected a "
-            "flwr.serverapp.strategy.Strategy"
+            f"strategy: '{run.strategy}' is a {kind}, expected a flwr.serverapp.strategy.Strategy"
         )
     if run.reduce == "worker" and isinstance(strategy, _NO_MEAN):
         raise RequestError(

@@ -74,11 +74,11 @@ def call(kind: str, function: Any, arguments: Mapping[str, Any], **offered: Any)
         except RequestError:
             raise
         except Exception as error:  # the user's own function
-            clash = [
-                name
-                for name in asked
-                if isinstance(error, TypeError) and name not in own and f"'{name}'" in str(error)
-            ]
+            said = str(error) if isinstance(error, TypeError) else ""
+            for name in arguments.keys() - taken(function):
+                if f"unexpected keyword argument '{name}'" in said:
+                    raise unknown(f"{kind}_args key", name, taken(function)) from None
+            clash = [name for name in asked if name not in own and f"'{name}'" in said]
             if not clash:
                 name = getattr(function, "__name__", function)
                 raise RequestError(f"{kind}: {name} failed: {located(error)}") from None

@@ -1,9 +1,12 @@
 """`fedinit bench`: the bare loop does what RayGrid does, and every contender is in the table."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments.bench.bare_loop import BareLoop
+from experiments.bench.bare_loop import BareLoop, left_out
 from experiments.bench.measuring import Contender, measure
 from experiments.wiring import Datasets, simulation
 from fedinit.config import make_run
@@ -48,6 +51,103 @@ def test_the_bare_loop_does_what_ray_grid_does(finals, monkeypatch):
         assert torch.allclose(loop.x, final, rtol=0, atol=1e-6)
     finally:
         loop.close()
+
+
+def test_what_the_loop_does_without_is_known():
+    """What a run asks for beyond plain SGD and its mean, and nothing else of it."""
+    assert left_out(make_run(RUN | {"rounds": 7, "seed": 3})) == {}
+    more = {
+        "client": {"optimizer": "proximal", "mu": 0.1, "lr": 0.2, "epochs": 3},
+        "server": {"optimizer": "adam"},
+        "stragglers": {"fraction": 0.5},
+        "strategy_args": {"extra": 2},
+    }
+    assert left_out(make_run(RUN | more)) == {
+        "client.optimizer": "proximal",
+        "client.mu": 0.1,
+        "server.optimizer": "adam",
+        "stragglers.fraction": 0.5,
+        "strategy_args": {"extra": 2},
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"rounds": 0}, "small: rounds: bench times one at least, got 0"),
+        ({"cohort": 1000}, "small: cohort: 1000 of only "),
+        ({"initialization": "none.safetensors"}, "none.safetensors: no such file"),
+        ({"grid": {"seed": [0, 1]}}, "small: bench times one run, this file asks for 2"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused_before_anything_is(
+    settings, told, fedinit, experiment, tmp_path
+):
+    out = tmp_path / "out"
+    file = experiment(RUN | {"name": "small"} | settings)
+    for files in ([file], ["w1", file]):
+        result = fedinit("bench", *files, "--out", out)
+        assert result.exit_code == 2, result.output
+        assert result.stdout == ""
+        [line] = result.stderr.splitlines()
+        assert told in line
+    assert not out.exists()
+
+
+def test_what_was_measured_is_not_overwritten(fedinit, experiment, tmp_path):
+    file = experiment(RUN | {"name": "small"})
+    result = fedinit("bench", file, file, "--out", tmp_path / "out")
+    told = "fedinit: small: the name of two files; change it in one of them"
+    assert (result.exit_code, result.stderr.splitlines()) == (2, [told])
+    (tmp_path / "bench.json").write_text("{}")
+    result = fedinit("bench", file, "--out", tmp_path)
+    told = f"fedinit: --out {tmp_path}: holds another bench.json; name another folder"
+    assert (result.exit_code, result.stderr.splitlines()) == (2, [told])
+    assert (tmp_path / "bench.json").read_text() == "{}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_bench_that_is_stopped_says_what_it_has(number, experiment, tmp_path):
+    """While the loops start, which a terminal's Ctrl-C reaches too."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", "from experiments.cli import app; app()", "bench"]
+    with subprocess.Popen(
+        [*command, str(experiment(RUN | {"name": "small"})), "--out", str(out)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        family = psutil.Process(process.pid)
+        try:
+            while not (loops := _loops_of(family)) and process.poll() is None:
+                time.sleep(0.05)
+            if number == signal.SIGINT:
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
+            said, errors = process.communicate(timeout=120)
+        finally:
+            for each in (*loops, process):
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+    assert loops
+    assert (process.returncode, errors) == (130, "")
+    assert said.splitlines()[-1] == "  stopped; measured: nothing"
+    assert not out.exists()
+    assert not any(each.is_running() for each in loops)
+
+
+def _loops_of(family: psutil.Process) -> list[psutil.Process]:
+    """Return the processes of the loops that have been started."""
+    found = []
+    for each in family.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "spawn_main" in " ".join(each.cmdline()):
+                found.append(each)
+    return found
 
 
 def test_cpu_seconds_are_of_all_processes_and_the_driver():

@@ -169,6 +169,10 @@ CASES = {
     "not a dataset": ({"dataset": "plugged_in:half_squared_error"}, ["dataset", "failed"]),
     "not a module": ({"model": "plugged_in:gaussians"}, ["model", "FederatedDataset", "Module"]),
     "not a strategy": ({"strategy": "plugged_in:gaussians"}, ["strategy", "FederatedDataset"]),
+    "a class that is no strategy": (
+        {"strategy": "torch.nn:Linear", "strategy_args": {"keep": 1}},
+        ["strategy: 'torch.nn:Linear' is a Linear, expected a flwr"],
+    ),
     "model does not fit": (
         FASHION | {"model": "plugged_in:dropout_classifier"},
         ["does not fit", "(1, 28, 28)"],

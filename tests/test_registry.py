@@ -66,6 +66,14 @@ def test_what_takes_anything_is_given_what_was_asked_for():
         call("model", Base, {"width": 5})
 
 
+def test_what_is_handed_on_to_a_base_that_does_not_take_it_is_unknown():
+    expected = r"unknown strategy_args key 'ow'; did you mean 'own'\? valid: a, b, own"
+    with pytest.raises(RequestError, match=expected):
+        call("strategy", Hands, {"ow": 1}, a=1)
+    with pytest.raises(RequestError, match=r"Pins failed: TypeError: .*multiple values"):
+        call("strategy", Pins, {"a": 1})
+
+
 def test_a_mistake_within_is_told():
     def wrong(a: int) -> None:
         raise TypeError("'a' is wrong")

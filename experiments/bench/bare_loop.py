@@ -6,27 +6,37 @@ sums in shared memory.
 """
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
+from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor, multiprocessing
 
 from clients.memory_format import MEMORY_FORMATS
 from fedinit import simulation
-from fedinit.config import Run
+from fedinit.config import Run, dotted_keys, get, make_run
 from fedinit.data import FederatedDataset
 from fedinit.device import device
 from fedinit.problem import Problem, build_problem
 
+_READ = ("client.lr", "client.epochs", "client.batch_size")
+_METHOD = ("client.", "server.", "stragglers.", "strategy")
 Columns = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
+def left_out(run: Run) -> dict[str, Any]:
+    """Return those of a run's settings, by their keys, that make it more than the loop does."""
+    plain = make_run({"dataset": run.dataset, "model": run.model})
+    keys = [key for key in dotted_keys() if key.startswith(_METHOD) and key not in _READ]
+    return {key: get(run, key) for key in keys if get(run, key) != get(plain, key)}
+
+
 class BareLoop:
-    """FedAvg by `processes` processes; every batch of the run's, its rate, no other setting.
+    """FedAvg by `processes` processes; every batch of the run's, its rate, nothing of `left_out`.
 
     Args:
         run: the run; its memory format is settled.
@@ -51,21 +61,23 @@ class BareLoop:
         self._pipes: list[Connection] = []
         data = problem.dataset
         columns = (data.inputs, data.targets, data.test_inputs, data.test_targets)
-        with simulation.environment(environment or {}):
-            for index in range(processes):
-                ours, theirs = context.Pipe()
-                arguments = (theirs, self._barrier, self.x, self._sums[index], run, columns)
-                process = context.Process(
-                    target=_work,
-                    args=(*arguments, data.owners.rows, data.owners.offsets),
-                    daemon=True,
-                )
-                process.start()
-                self.processes.append(psutil.Process(process.pid))
-                self._pipes.append(ours)
-        self.x.copy_(self._pipes[0].recv())
-        for pipe in self._pipes[1:]:
-            pipe.recv()
+        # As tensors, in shared memory: a start that is stopped breaks off no pickle.
+        owned = torch.from_numpy(data.owners.rows), torch.from_numpy(data.owners.offsets)
+        try:
+            with simulation.environment(environment or {}), _ctrl_c_is_ours():
+                for index in range(processes):
+                    ours, theirs = context.Pipe()
+                    arguments = (theirs, self._barrier, self.x, self._sums[index], run, columns)
+                    process = context.Process(target=_work, args=(*arguments, *owned), daemon=True)
+                    process.start()
+                    self.processes.append(psutil.Process(process.pid))
+                    self._pipes.append(ours)
+            self.x.copy_(self._pipes[0].recv())
+            for pipe in self._pipes[1:]:
+                pipe.recv()
+        except BaseException:
+            self.close()
+            raise
 
     def round(self, cohort: Sequence[int]) -> None:
         """Train a cohort, dealt by the clients' sizes, and average by them."""
@@ -84,6 +96,16 @@ class BareLoop:
         psutil.wait_procs(self.processes)
 
 
+@contextmanager
+def _ctrl_c_is_ours() -> Iterator[None]:
+    """Have no process that is started meanwhile take Ctrl-C, from its first moment on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(
     pipe: Connection,
     barrier: Barrier,
@@ -91,10 +113,9 @@ def _work(
     total: Tensor,
     run: Run,
     columns: Columns,
-    rows: np.ndarray,
-    offsets: np.ndarray,
+    rows: Tensor,
+    offsets: Tensor,
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     problem = build_problem(run, FederatedDataset(*columns[:2], None, *columns[2:])).on(device())
@@ -109,7 +130,7 @@ def _work(
         sums.zero_()
         for client in share:
             flat.copy_(x)
-            own = torch.from_numpy(rows[offsets[client] : offsets[client + 1]])
+            own = rows[offsets[client] : offsets[client + 1]]
             for _ in range(run.client.epochs):
                 order = own[torch.randperm(len(own))]
                 for batch in order.split(size):

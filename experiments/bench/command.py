@@ -20,9 +20,12 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from experiments.bench.bare_loop import left_out
 from experiments.bench.measuring import RAY_GRID, TUNED, Measured, measure
 from experiments.bench.scaling import over_cohorts, over_workers
 from experiments.resuming import results_folder
+from experiments.stopping import Stop
+from experiments.wiring import Datasets, simulation
 from fedinit.config import Run, to_yaml
 from fedinit.errors import RequestError
 from fedinit.experiment_file import Experiment
@@ -30,6 +33,7 @@ from fedinit.results import write_atomically
 from fedinit.simulation import Workers
 
 FLOWER, PFL, BLAZEFL = "Flower's runtime", "pfl", "BlazeFL"
+FOUND = "bench.json"
 _START_UP_LIMIT = 300  # seconds
 _FLOWER = "import sys; from experiments.bench.flower import main; main(sys.argv[1])"
 _LAUNCHER = ["-m", "torch.distributed.run", "--standalone"]
@@ -64,48 +68,70 @@ def bench(
     """Measure each experiment's run and write what was found, after each, to out/bench.json.
 
     Raises:
-        RequestError: a file asks for several runs, or `out` cannot be written.
+        RequestError: a file asks for several runs, or for one that cannot be done or timed, two
+            have one name, or `out` holds another bench.json or cannot be written.
+        StoppedError: Ctrl-C or SIGTERM; what was measured before is in bench.json.
     """
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    runs = {each.name: single_run(each) for each in experiments}
+    if (out / FOUND).exists():
+        raise RequestError(f"--out {out}: holds another {FOUND}; name another folder")
+    runs = _timeable(experiments)
     folders = {each.name: [str(each.folder)] for each in experiments}
 
     def note(text: str) -> None:
         console.print(f"  {text}", markup=False, highlight=False)
 
     found: dict[str, Any] = {"machine": _machine(), "work": {}}
-    with results_folder(out):
-        for name, run in runs.items():
-            console.print(f"{name}:")
-            found["work"][name] = _measured(run, folders[name], repetitions, flower, note)
-            _write(out / "bench.json", found)
-            console.print(_table(name, found["work"][name]))
-        if scaling:
-            first = next(iter(runs))
-            for make in (over_cohorts, over_workers):
-                drawing = make(runs[first], folders[first], note)
-                _write(out / f"{drawing.name}.svg", drawing.on_white)
-                _write(out / f"{drawing.name}.csv", drawing.csv)
+    try:
+        with results_folder(out), Stop().caught():
+            for name, run in runs.items():
+                console.print(f"{name}:")
+                found["work"][name] = _measured(run, folders[name], repetitions, flower, note)
+                _write(out / FOUND, found)
+                console.print(_table(name, found["work"][name]))
+            if scaling:
+                first = next(iter(runs))
+                for make in (over_cohorts, over_workers):
+                    drawing = make(runs[first], folders[first], note)
+                    _write(out / f"{drawing.name}.svg", drawing.on_white)
+                    _write(out / f"{drawing.name}.csv", drawing.csv)
+    except KeyboardInterrupt:
+        note(f"stopped; measured: {', '.join(found['work']) or 'nothing'}")
+        raise
     console.print(f"bench: {out}", markup=False, highlight=False, soft_wrap=True)
 
 
-def single_run(experiment: Experiment) -> Run:
-    """Return the run of a file that asks for one.
+def _timeable(experiments: Sequence[Experiment]) -> dict[str, Run]:
+    """Return each file's run by the file's name, checked as `fedinit run` checks it.
 
     Raises:
-        RequestError: it asks for several.
+        RequestError: it cannot be done or timed, or two files have one name.
     """
-    if len(experiment.runs) != 1:
-        raise RequestError(
-            f"{experiment.name}: bench times one run, this file asks for {len(experiment.runs)}"
-        )
-    (run,) = experiment.runs.values()
-    return run
+    runs: dict[str, Run] = {}
+    for each in experiments:
+        name, asked = each.name, len(each.runs)
+        if name in runs:
+            raise RequestError(f"{name}: the name of two files; change it in one of them")
+        if asked != 1:
+            raise RequestError(f"{name}: bench times one run, this file asks for {asked}")
+        (run,) = each.runs.values()
+        if run.rounds == 0:
+            raise RequestError(f"{name}: rounds: bench times one at least, got 0")
+        try:
+            simulation(run, Datasets())  # not kept: another work's memory would count its data
+        except RequestError as error:
+            raise RequestError(f"{name}: {error}") from None
+        runs[name] = run
+    return runs
 
 
 def _measured(
     run: Run, import_path: list[str], repetitions: int, flower: bool, note: Callable[[str], None]
 ) -> Any:
+    beyond = left_out(run)
+    if beyond:
+        told = ", ".join(f"{key} {value}" for key, value in beyond.items())
+        note(f"the loops do plain SGD and its mean, without {told}")
     note("starting up, to the end of the first round")
     start_up = _start_up_seconds(run)
     number = None if run.workers == "auto" else run.workers
@@ -135,6 +161,7 @@ def _record(measured: Measured) -> dict[str, Any]:
     return {
         "run": measured.run.model_dump(mode="json"),
         "workers": measured.workers,
+        "loops_leave_out": left_out(measured.run),
         "contenders": {name: each.record() for name, each in measured.contenders.items()},
     }
 
@@ -185,11 +212,15 @@ def _start_up_seconds(run: Run) -> float:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         ) as process:
-            while process.poll() is None and time.perf_counter() - begun < _START_UP_LIMIT:
-                lines = next(iter(results.glob("*/rounds.jsonl")), None)
-                if lines is not None and lines.read_text(encoding="utf-8").count("\n") > 1:
-                    return time.perf_counter() - begun
-                time.sleep(0.02)
+            try:
+                while process.poll() is None and time.perf_counter() - begun < _START_UP_LIMIT:
+                    lines = next(iter(results.glob("*/rounds.jsonl")), None)
+                    if lines is not None and lines.read_text(encoding="utf-8").count("\n") > 1:
+                        return time.perf_counter() - begun
+                    time.sleep(0.02)
+            except KeyboardInterrupt:
+                process.terminate()  # it ends its Ray
+                raise
             process.kill()
     return float("nan")
 
@@ -201,7 +232,7 @@ def _peers(flower: bool, run: Run, processes: int) -> dict[str, Peer]:
     """
     found = {}
     if flower:
-        strategy = {"strategy": "flwr.serverapp.strategy:FedAvg"}
+        strategy = {"strategy": "flwr.serverapp.strategy:FedAvg", "strategy_args": {}}
         found[FLOWER] = Peer(["-c", _FLOWER], strategy)
     if find_spec("pfl") and run.cohort % processes == 0:
         module = ["-m", "experiments.bench.pfl_research"]

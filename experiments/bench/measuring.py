@@ -157,9 +157,7 @@ def measure(
     driver = psutil.Process()
     processes = [driver, *driver.children(recursive=True)]
     with ExitStack() as ending:
-        loops = _loops(prepared, workers.number) if with_loops else {}
-        for loop in loops.values():
-            ending.callback(loop.close)
+        loops = _loops(prepared, workers.number, ending) if with_loops else {}
         turns = {RAY_GRID: _Turn(settled, processes, loops)}
         if settled.together != 1:
             single = settled.model_copy(update={"together": 1})
@@ -175,13 +173,14 @@ def measure(
     return Measured(asked, workers.number, {name: each.timings for name, each in timed.items()})
 
 
-def _loops(prepared: Simulation, processes: int) -> dict[str, BareLoop]:
+def _loops(prepared: Simulation, processes: int, ending: ExitStack) -> dict[str, BareLoop]:
     """Start the loops: as PyTorch comes, and with the settings that our workers have."""
     plain = prepared.run.model_copy(update={"memory_format": "contiguous"})
-    return {
-        BARE: BareLoop(plain, prepared.problem, processes),
-        TUNED: BareLoop(prepared.run, prepared.problem, processes, ENVIRONMENT),
-    }
+    loops = {}
+    for name, run, environment in ((BARE, plain, {}), (TUNED, prepared.run, ENVIRONMENT)):
+        loops[name] = BareLoop(run, prepared.problem, processes, environment)
+        ending.callback(loops[name].close)
+    return loops
 
 
 class _Turn:

@@ -8,7 +8,9 @@ a place, and so every result, stays the same.
 import ctypes
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -309,12 +311,15 @@ def _start_ray(import_path: Sequence[str], address: str | None) -> None:
         if import_path:  # nobody says that the machines share a file system
             excluded = ["results", ".git", "*.safetensors", "*.parquet", "*.arrow", "*.jsonl"]
             settings["runtime_env"] = {"working_dir": import_path[0], "excludes": excluded}
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         with environment(ENVIRONMENT | _RAY if address is None else {}):
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **settings)
     except Exception as error:  # whatever it is that Ray could not do
         where = "Ray" if address is None else f"--address {address}: Ray"
         raise RequestError(f"{where} did not start: {one_line(error)}") from None
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray has taken it for itself
     if address is None:
         node: Any = ray_worker.global_worker.node
         with suppress(AttributeError):  # Ray's own names: with others, the processes stay
