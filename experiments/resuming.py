@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,8 @@ def results_folder(out: Path) -> Iterator[None]:
             if is_free(out):
                 (out / LOCK).unlink()
                 if made:
-                    out.rmdir()
+                    with suppress(OSError):  # by now another process has something there
+                        out.rmdir()
             raise
 
 

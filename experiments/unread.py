@@ -20,11 +20,12 @@ def notes(experiment: Experiment) -> list[str]:
     The runs along such an axis are one run under several names.
     """
     runs = experiment.runs.values()
-    unread = [key for key in experiment.varied if not any(_reads(run, key) for run in runs)]
+    unread = [key for key in experiment.varied if not any(reads(run, key) for run in runs)]
     return [*experiment.notes, *(f"grid: no run reads {key}: it changes nothing" for key in unread)]
 
 
-def _reads(run: Run, key: str) -> bool:
+def reads(run: Run, key: str) -> bool:
+    """Whether a run's other settings let a dotted key of a section change anything."""
     section, _, name = key.partition(".")
     if section == "server":
         names = _taken_by(run.strategy)

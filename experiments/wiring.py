@@ -293,9 +293,10 @@ def make_strategy(run: Run, problem: Problem) -> Strategy:
     if not inspect.isclass(strategy) or issubclass(strategy, Strategy):
         strategy = call("strategy", strategy, run.strategy_args, **offered)
     if not isinstance(strategy, Strategy):
-        kind = getattr(strategy, "__name__", type(strategy).__name__)
+        of_class = inspect.isclass(strategy)
+        kind = f"the class {strategy.__name__}" if of_class else f"a {type(strategy).__name__}"
         raise RequestError(
-            f"strategy: '{run.strategy}' is a {kind}, expected a flwr.serverapp.strategy.Strategy"
+            f"strategy: '{run.strategy}' is {kind}, expected a flwr.serverapp.strategy.Strategy"
         )
     if run.reduce == "worker" and isinstance(strategy, _NO_MEAN):
         raise RequestError(

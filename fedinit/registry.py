@@ -75,9 +75,10 @@ def call(kind: str, function: Any, arguments: Mapping[str, Any], **offered: Any)
             raise
         except Exception as error:  # the user's own function
             said = str(error) if isinstance(error, TypeError) else ""
-            for name in arguments.keys() - taken(function):
+            names, hands_on = _taken(function)
+            for name in arguments.keys() - names if not hands_on else ():
                 if f"unexpected keyword argument '{name}'" in said:
-                    raise unknown(f"{kind}_args key", name, taken(function)) from None
+                    raise unknown(f"{kind}_args key", name, names) from None
             clash = [name for name in asked if name not in own and f"'{name}'" in said]
             if not clash:
                 name = getattr(function, "__name__", function)
@@ -87,12 +88,17 @@ def call(kind: str, function: Any, arguments: Mapping[str, Any], **offered: Any)
 
 def taken(function: Any) -> list[str]:
     """Return the names of what a function takes, or a class and the bases it may hand it on to."""
+    return _taken(function)[0]
+
+
+def _taken(function: Any) -> tuple[list[str], bool]:
+    """Return `taken`, and whether what else there is may still be somebody's to take."""
     names, takes_any = _parameters(function)
-    for base in function.__mro__[1:] if inspect.isclass(function) else ():
+    for base in function.__mro__[1:-1] if inspect.isclass(function) else ():  # object takes nothing
         if takes_any and "__init__" in vars(base):
             further, takes_any = _parameters(base)
             names = [*names, *further]
-    return names
+    return names, takes_any
 
 
 def _parameters(function: Any) -> tuple[list[str], bool]:

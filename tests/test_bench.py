@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments.bench.bare_loop import BareLoop, left_out
+from experiments.bench.bare_loop import BareLoop, loop_leaves_out
 from experiments.bench.measuring import Contender, measure
 from experiments.wiring import Datasets, simulation
 from fedinit.config import make_run
@@ -55,19 +55,27 @@ def test_the_bare_loop_does_what_ray_grid_does(finals, monkeypatch):
 
 def test_what_the_loop_does_without_is_known():
     """What a run asks for beyond plain SGD and its mean, and nothing else of it."""
-    assert left_out(make_run(RUN | {"rounds": 7, "seed": 3})) == {}
+    unread = {
+        "client": {"lr": 0.2, "mu": 0.1, "shuffle": False},
+        "server": {"momentum": 0.5},
+        "stragglers": {"epochs": [2, 3]},
+        "reduce": "worker",
+    }
+    assert loop_leaves_out(make_run(RUN | unread | {"rounds": 7, "seed": 3})) == {}
     more = {
         "client": {"optimizer": "proximal", "mu": 0.1, "lr": 0.2, "epochs": 3},
         "server": {"optimizer": "adam"},
         "stragglers": {"fraction": 0.5},
         "strategy_args": {"extra": 2},
+        "reduce": "client",
     }
-    assert left_out(make_run(RUN | more)) == {
+    assert loop_leaves_out(make_run(RUN | more)) == {
         "client.optimizer": "proximal",
         "client.mu": 0.1,
         "server.optimizer": "adam",
         "stragglers.fraction": 0.5,
         "strategy_args": {"extra": 2},
+        "reduce": "client",
     }
 
 
@@ -77,6 +85,7 @@ def test_what_the_loop_does_without_is_known():
         ({"rounds": 0}, "small: rounds: bench times one at least, got 0"),
         ({"cohort": 1000}, "small: cohort: 1000 of only "),
         ({"initialization": "none.safetensors"}, "none.safetensors: no such file"),
+        ({"workers": 9999}, "small: workers: 9999 workers, but there are "),
         ({"grid": {"seed": [0, 1]}}, "small: bench times one run, this file asks for 2"),
     ],
 )
@@ -121,9 +130,11 @@ def test_a_bench_that_is_stopped_says_what_it_has(number, experiment, tmp_path):
         start_new_session=True,
     ) as process:
         family = psutil.Process(process.pid)
+        loops, deadline = [], time.monotonic() + 120
         try:
-            while not (loops := _loops_of(family)) and process.poll() is None:
+            while not loops and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.05)
+                loops = _loops_of(family)
             if number == signal.SIGINT:
                 os.killpg(process.pid, number)
             else:

@@ -171,7 +171,7 @@ CASES = {
     "not a strategy": ({"strategy": "plugged_in:gaussians"}, ["strategy", "FederatedDataset"]),
     "a class that is no strategy": (
         {"strategy": "torch.nn:Linear", "strategy_args": {"keep": 1}},
-        ["strategy: 'torch.nn:Linear' is a Linear, expected a flwr"],
+        ["strategy: 'torch.nn:Linear' is the class Linear, expected a"],
     ),
     "model does not fit": (
         FASHION | {"model": "plugged_in:dropout_classifier"},

@@ -73,6 +73,12 @@ def test_what_is_handed_on_to_a_base_that_does_not_take_it_is_unknown():
     with pytest.raises(RequestError, match=r"Pins failed: TypeError: .*multiple values"):
         call("strategy", Pins, {"a": 1})
 
+    def hands_on(**rest: Any) -> Base:
+        return Base(**rest)  # what is valid there is not known here
+
+    with pytest.raises(RequestError, match=r"hands_on failed: TypeError: .*argument 'c' \("):
+        call("model", hands_on, {"c": 1})
+
 
 def test_a_mistake_within_is_told():
     def wrong(a: int) -> None:

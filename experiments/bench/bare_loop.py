@@ -17,26 +17,30 @@ import torch
 from torch import Tensor, multiprocessing
 
 from clients.memory_format import MEMORY_FORMATS
+from experiments.unread import reads
 from fedinit import simulation
 from fedinit.config import Run, dotted_keys, get, make_run
 from fedinit.data import FederatedDataset
 from fedinit.device import device
 from fedinit.problem import Problem, build_problem
 
-_READ = ("client.lr", "client.epochs", "client.batch_size")
+# What the loop does likewise; it always shuffles, which costs nothing.
+_ALIKE = ("client.lr", "client.epochs", "client.batch_size", "client.shuffle")
 _METHOD = ("client.", "server.", "stragglers.", "strategy")
 Columns = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def left_out(run: Run) -> dict[str, Any]:
+def loop_leaves_out(run: Run) -> dict[str, Any]:
     """Return those of a run's settings, by their keys, that make it more than the loop does."""
     plain = make_run({"dataset": run.dataset, "model": run.model})
-    keys = [key for key in dotted_keys() if key.startswith(_METHOD) and key not in _READ]
-    return {key: get(run, key) for key in keys if get(run, key) != get(plain, key)}
+    keys = [key for key in dotted_keys() if key.startswith(_METHOD) and key not in _ALIKE]
+    more = {key: get(run, key) for key in keys if reads(run, key)}
+    more = {key: value for key, value in more.items() if value != get(plain, key)}
+    return more | ({"reduce": "client"} if run.reduce == "client" else {})
 
 
 class BareLoop:
-    """FedAvg by `processes` processes; every batch of the run's, its rate, nothing of `left_out`.
+    """FedAvg by `processes` processes; every batch of the run's, its rate, no `loop_leaves_out`.
 
     Args:
         run: the run; its memory format is settled.
@@ -57,11 +61,12 @@ class BareLoop:
         self.x = torch.zeros(size).share_memory_()
         self._sums = torch.zeros(processes, size).share_memory_()
         context = multiprocessing.get_context("spawn")
+        # Made before the processes: it starts multiprocessing's tracker, which unblocks Ctrl-C.
         self._barrier = context.Barrier(processes + 1)
         self._pipes: list[Connection] = []
         data = problem.dataset
         columns = (data.inputs, data.targets, data.test_inputs, data.test_targets)
-        # As tensors, in shared memory: a start that is stopped breaks off no pickle.
+        # As tensors, in shared memory: starting is short, and a stop hardly finds it under way.
         owned = torch.from_numpy(data.owners.rows), torch.from_numpy(data.owners.offsets)
         try:
             with simulation.environment(environment or {}), _ctrl_c_is_ours():

@@ -10,21 +10,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import psutil
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from experiments.bench.bare_loop import left_out
-from experiments.bench.measuring import RAY_GRID, TUNED, Measured, measure
-from experiments.bench.scaling import over_cohorts, over_workers
+from experiments.bench.bare_loop import loop_leaves_out
+from experiments.bench.measuring import RAY_GRID, TUNED, Measured, measure, with_untimed
+from experiments.bench.scaling import COHORTS, over_cohorts, over_workers, sized
 from experiments.resuming import results_folder
-from experiments.stopping import Stop
+from experiments.stopping import Stop, StoppedError
 from experiments.wiring import Datasets, simulation
 from fedinit.config import Run, to_yaml
 from fedinit.errors import RequestError
@@ -73,21 +75,25 @@ def bench(
         StoppedError: Ctrl-C or SIGTERM; what was measured before is in bench.json.
     """
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    if (out / FOUND).exists():
-        raise RequestError(f"--out {out}: holds another {FOUND}; name another folder")
-    runs = _timeable(experiments)
-    folders = {each.name: [str(each.folder)] for each in experiments}
+    stop, measured = Stop(), []
 
     def note(text: str) -> None:
+        if stop.requested:  # what it raised may have been lost
+            raise StoppedError
         console.print(f"  {text}", markup=False, highlight=False)
 
     found: dict[str, Any] = {"machine": _machine(), "work": {}}
     try:
-        with results_folder(out), Stop().caught():
+        with results_folder(out), stop.caught():
+            if (out / FOUND).exists():
+                raise RequestError(f"--out {out}: holds another {FOUND}; name another folder")
+            runs = _timeable(experiments, scaling)
+            folders = {each.name: [str(each.folder)] for each in experiments}
             for name, run in runs.items():
                 console.print(f"{name}:")
                 found["work"][name] = _measured(run, folders[name], repetitions, flower, note)
                 _write(out / FOUND, found)
+                measured.append(name)
                 console.print(_table(name, found["work"][name]))
             if scaling:
                 first = next(iter(runs))
@@ -96,18 +102,19 @@ def bench(
                     _write(out / f"{drawing.name}.svg", drawing.on_white)
                     _write(out / f"{drawing.name}.csv", drawing.csv)
     except KeyboardInterrupt:
-        note(f"stopped; measured: {', '.join(found['work']) or 'nothing'}")
+        console.print(f"  stopped; measured: {', '.join(measured) or 'nothing'}", markup=False)
         raise
     console.print(f"bench: {out}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _timeable(experiments: Sequence[Experiment]) -> dict[str, Run]:
-    """Return each file's run by the file's name, checked as `fedinit run` checks it.
+def _timeable(experiments: Sequence[Experiment], scaling: bool) -> dict[str, Run]:
+    """Return each file's run by the file's name; all that will be done is checked.
 
     Raises:
         RequestError: it cannot be done or timed, or two files have one name.
     """
     runs: dict[str, Run] = {}
+    cpus = os.cpu_count() or 1
     for each in experiments:
         name, asked = each.name, len(each.runs)
         if name in runs:
@@ -117,10 +124,14 @@ def _timeable(experiments: Sequence[Experiment]) -> dict[str, Run]:
         (run,) = each.runs.values()
         if run.rounds == 0:
             raise RequestError(f"{name}: rounds: bench times one at least, got 0")
-        try:
-            simulation(run, Datasets())  # not kept: another work's memory would count its data
-        except RequestError as error:
-            raise RequestError(f"{name}: {error}") from None
+        if run.workers != "auto" and run.workers > cpus:
+            raise RequestError(f"{name}: workers: {run.workers} workers, but there are {cpus} CPUs")
+        wide = [sized(run, max(COHORTS))] if scaling and not runs else []
+        for done in (run, *wide):
+            try:  # with data that are not kept: another work's memory would count them
+                simulation(with_untimed(done), Datasets())
+            except RequestError as error:
+                raise RequestError(f"{name}: {error}") from None
         runs[name] = run
     return runs
 
@@ -128,7 +139,7 @@ def _timeable(experiments: Sequence[Experiment]) -> dict[str, Run]:
 def _measured(
     run: Run, import_path: list[str], repetitions: int, flower: bool, note: Callable[[str], None]
 ) -> Any:
-    beyond = left_out(run)
+    beyond = loop_leaves_out(run)
     if beyond:
         told = ", ".join(f"{key} {value}" for key, value in beyond.items())
         note(f"the loops do plain SGD and its mean, without {told}")
@@ -161,7 +172,7 @@ def _record(measured: Measured) -> dict[str, Any]:
     return {
         "run": measured.run.model_dump(mode="json"),
         "workers": measured.workers,
-        "loops_leave_out": left_out(measured.run),
+        "loops_leave_out": loop_leaves_out(measured.run),
         "contenders": {name: each.record() for name, each in measured.contenders.items()},
     }
 
@@ -216,10 +227,15 @@ def _start_up_seconds(run: Run) -> float:
                 while process.poll() is None and time.perf_counter() - begun < _START_UP_LIMIT:
                     lines = next(iter(results.glob("*/rounds.jsonl")), None)
                     if lines is not None and lines.read_text(encoding="utf-8").count("\n") > 1:
-                        return time.perf_counter() - begun
+                        seconds = time.perf_counter() - begun
+                        process.wait()  # it ends its Ray
+                        return seconds
                     time.sleep(0.02)
             except KeyboardInterrupt:
-                process.terminate()  # it ends its Ray
+                with suppress(psutil.NoSuchProcess):
+                    for each in psutil.Process(process.pid).children(recursive=True):
+                        each.kill()
+                process.kill()
                 raise
             process.kill()
     return float("nan")

@@ -151,8 +151,7 @@ def measure(
         with_loops: whether bare loops take turns with RayGrid.
     """
     datasets = Datasets()
-    rounds = {"rounds": run.rounds + 2, "evaluate_every": run.rounds + 2}
-    prepared = simulation(run.model_copy(update=rounds), datasets).settled(workers, datasets)
+    prepared = simulation(with_untimed(run), datasets).settled(workers, datasets)
     settled = prepared.run
     driver = psutil.Process()
     processes = [driver, *driver.children(recursive=True)]
@@ -169,8 +168,14 @@ def measure(
                 turn.take(prepared, prepared.grid(workers, datasets))
     timed = {RAY_GRID: turns[RAY_GRID].ours, **turns[RAY_GRID].others}
     timed |= {name: turn.ours for name, turn in turns.items()}
-    asked = settled.model_copy(update={name: getattr(run, name) for name in rounds})
-    return Measured(asked, workers.number, {name: each.timings for name, each in timed.items()})
+    asked = {"rounds": run.rounds, "evaluate_every": run.evaluate_every}
+    contenders = {name: each.timings for name, each in timed.items()}
+    return Measured(settled.model_copy(update=asked), workers.number, contenders)
+
+
+def with_untimed(run: Run) -> Run:
+    """Return the run that is measured: one round before the timed ones, and one after them."""
+    return run.model_copy(update={"rounds": run.rounds + 2, "evaluate_every": run.rounds + 2})
 
 
 def _loops(prepared: Simulation, processes: int, ending: ExitStack) -> dict[str, BareLoop]:

@@ -16,13 +16,12 @@ _ROUNDS = 3
 
 def over_cohorts(run: Run, import_path: list[str], note: Callable[[str], None]) -> Drawing:
     """Milliseconds for an update and peak memory of one run with cohorts of 10 to 10,000."""
-    clients = {"dataset_args": run.dataset_args | {"clients": max(COHORTS)}, "rounds": _ROUNDS}
     rows: list[list[Any]] = []
     with Workers(import_path=import_path) as workers:
         for cohort in COHORTS:
             note(f"a cohort of {cohort}")
-            sized = run.model_copy(update=clients | {"cohort": cohort})
-            timings = measure(sized, workers, 1, note, with_loops=False).contenders[RAY_GRID]
+            measured = measure(sized(run, cohort), workers, 1, note, with_loops=False)
+            timings = measured.contenders[RAY_GRID]
             seconds = timings.round_seconds / cohort
             rows.append([cohort, 1e3 * seconds, timings.peak_bytes / 2**30])
     described = "; ".join(f"{c}: {ms:.1f} ms, {gib:.2f} GiB" for c, ms, gib in rows)
@@ -39,6 +38,12 @@ def over_cohorts(run: Run, import_path: list[str], note: Callable[[str], None]) 
         memory.set_xlabel("clients in a round")
     header = ["cohort", "ms_per_update", "peak_gib"]
     return Drawing("cohorts", "Cost of an update by cohort", drawn.svg, to_csv(header, rows))
+
+
+def sized(run: Run, cohort: int) -> Run:
+    """Return a run of a few rounds with the cohort, of as many clients as the largest has."""
+    clients = run.dataset_args | {"clients": max(COHORTS)}
+    return run.model_copy(update={"dataset_args": clients, "rounds": _ROUNDS, "cohort": cohort})
 
 
 def over_workers(run: Run, import_path: list[str], note: Callable[[str], None]) -> Drawing:

@@ -311,15 +311,20 @@ def _start_ray(import_path: Sequence[str], address: str | None) -> None:
         if import_path:  # nobody says that the machines share a file system
             excluded = ["results", ".git", "*.safetensors", "*.parquet", "*.arrow", "*.jsonl"]
             settings["runtime_env"] = {"working_dir": import_path[0], "excludes": excluded}
-    handler = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM)  # Ray takes it for itself, and keeps it
     try:
         with environment(ENVIRONMENT | _RAY if address is None else {}):
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **settings)
     except Exception as error:  # whatever it is that Ray could not do
         where = "Ray" if address is None else f"--address {address}: Ray"
         raise RequestError(f"{where} did not start: {one_line(error)}") from None
-    if callable(handler) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)  # Ray has taken it for itself
+    except SystemExit:  # Ray's answer to SIGTERM
+        if callable(before):
+            before(signal.SIGTERM, None)
+        raise
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
     if address is None:
         node: Any = ray_worker.global_worker.node
         with suppress(AttributeError):  # Ray's own names: with others, the processes stay
