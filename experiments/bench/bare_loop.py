@@ -40,7 +40,7 @@ def loop_leaves_out(run: Run) -> dict[str, Any]:
 
 
 class BareLoop:
-    """FedAvg by `processes` processes; every batch of the run's, its rate, no `loop_leaves_out`.
+    """FedAvg by `processes` processes; every batch and the rate of the run, and no more.
 
     Args:
         run: the run; its memory format is settled.
