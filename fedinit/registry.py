@@ -67,7 +67,8 @@ def call(kind: str, function: Any, arguments: Mapping[str, Any], **offered: Any)
     for name in arguments:
         if not takes_any and name not in own:
             raise unknown(f"{kind}_args key", name, own)
-    asked = {name: offered[name] for name in taken(function) if name in offered}
+    names, hands_on = _taken(function)
+    asked = {name: offered[name] for name in names if name in offered}
     while True:
         try:
             return function(**{**asked, **arguments})
@@ -75,7 +76,6 @@ def call(kind: str, function: Any, arguments: Mapping[str, Any], **offered: Any)
             raise
         except Exception as error:  # the user's own function
             said = str(error) if isinstance(error, TypeError) else ""
-            names, hands_on = _taken(function)
             for name in arguments.keys() - names if not hands_on else ():
                 if f"unexpected keyword argument '{name}'" in said:
                     raise unknown(f"{kind}_args key", name, names) from None

@@ -22,6 +22,7 @@ from fedinit.config import make_run
 from fedinit.registry import add_to_path
 from fedinit.simulation import Workers
 from strategies.fedopt import draw_cohort
+from tests.test_nothing_lost import commanded, wait_for
 
 RUN = {
     "dataset": "plugged_in:gaussians",
@@ -120,30 +121,15 @@ def test_what_was_measured_is_not_overwritten(fedinit, experiment, tmp_path):
 def test_a_bench_that_is_stopped_says_what_it_has(number, experiment, tmp_path):
     """While the loops start, which a terminal's Ctrl-C reaches too."""
     out = tmp_path / "out"
-    command = [sys.executable, "-c", "from experiments.cli import app; app()", "bench"]
-    with subprocess.Popen(
-        [*command, str(experiment(RUN | {"name": "small"})), "--out", str(out)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
+    with commanded("bench", experiment(RUN | {"name": "small"}), "--out", out) as process:
         family = psutil.Process(process.pid)
-        loops, deadline = [], time.monotonic() + 120
-        try:
-            while not loops and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.05)
-                loops = _loops_of(family)
-            if number == signal.SIGINT:
-                os.killpg(process.pid, number)
-            else:
-                process.send_signal(number)
-            said, errors = process.communicate(timeout=120)
-        finally:
-            for each in (*loops, process):
-                with suppress(psutil.NoSuchProcess):
-                    each.kill()
+        assert wait_for(process, lambda: _loops_of(family)), process.communicate()
+        loops = _loops_of(family)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        said, errors = process.communicate(timeout=120)
     assert loops
     assert (process.returncode, errors) == (130, "")
     assert said.splitlines()[-1] == "  stopped; measured: nothing"

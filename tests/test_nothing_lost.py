@@ -67,12 +67,16 @@ def lines_written(out: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in out.glob("*/rounds.jsonl"))
 
 
-@contextmanager
 def running(file: Path, out: Path):
-    """A `fedinit run --resume` in a session of its own; whatever is left of it ends with this."""
-    command = [sys.executable, "-c", "from experiments.cli import app; app()", "run"]
+    """A `fedinit run --resume`, as `commanded`."""
+    return commanded("run", file, "--out", out, "--resume")
+
+
+@contextmanager
+def commanded(*arguments: object):
+    """A `fedinit` in a session of its own; whatever is left of it ends with this."""
     process = subprocess.Popen(
-        [*command, str(file), "--out", str(out), "--resume"],
+        [sys.executable, "-c", "from experiments.cli import app; app()", *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(HERE.parent)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
